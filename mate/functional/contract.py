@@ -1,0 +1,211 @@
+"""The operator's contract on shapes, dtypes and devices: checked once, before anything is written.
+
+Shapes, values and devices raise ValueError, dtypes TypeError; a message names the argument, what
+was expected and what came. The *values* of cu_seqlens are checked by :func:`check_cu_seqlens`
+inside the operator, where they are real numbers also under torch.compile.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HEAD_DIM = 128
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Checked(NamedTuple):
+    """The batched views ([B, T, H, 128]; varlen: B = 1) of a call that honours the contract."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    output: Tensor | None
+    scale: float
+    num_seqs: int
+
+
+def _shape(x: Tensor | tuple[int, ...]) -> str:
+    return str(list(x.shape if isinstance(x, Tensor) else x))
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+
+
+def _check_tensor(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    rule: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {rule} = {_shape(shape)}, got {_shape(x)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got stride {x.stride(-1)} "
+            f"(strides {list(x.stride())}); call .contiguous()"
+        )
+
+
+def _check_writable(name: str, x: Tensor) -> None:
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        if stride == 0 and size > 1:
+            raise ValueError(
+                f"{name} is written and must not be an expanded tensor, got shape {_shape(x)} "
+                f"with strides {list(x.stride())}"
+            )
+
+
+def _check_gate(
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    heads: int,
+    device: torch.device,
+) -> None:
+    if (A_log is None) != (dt_bias is None):
+        given, missing = ("A_log", "dt_bias") if dt_bias is None else ("dt_bias", "A_log")
+        raise ValueError(f"A_log and dt_bias go together, got {given} without {missing}")
+    if lower_bound is not None:
+        if not isinstance(lower_bound, (int, float)) or isinstance(lower_bound, bool):
+            raise TypeError(
+                f"lower_bound must be a float or None, got {type(lower_bound).__name__}"
+            )
+        if not (math.isfinite(lower_bound) and lower_bound < 0):
+            raise ValueError(f"lower_bound must be finite and negative, got {lower_bound}")
+    if A_log is None or dt_bias is None:
+        return
+    dtypes = (*FLOAT_DTYPES, torch.float64)
+    _check_tensor("A_log", A_log, (heads,), "[Hv]", dtypes, device)
+    flat = isinstance(dt_bias, Tensor) and dt_bias.dim() == 1
+    shape, rule = ((heads * HEAD_DIM,), "[Hv * 128]") if flat else ((heads, HEAD_DIM), "[Hv, 128]")
+    _check_tensor("dt_bias", dt_bias, shape, rule, dtypes, device)
+
+
+def _check_cu_seqlens_form(cu_seqlens: Tensor, name: str, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have shape [num_seqs + 1], got {_shape(cu_seqlens)}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} must be on {device}, got {cu_seqlens.device}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, name: str = "cu_seqlens") -> None:
+    """Values that start at 0, never decrease and end at the number of tokens. Reads the host."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {bounds[0]}")
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < start:
+            raise ValueError(
+                f"{name} must not decrease, got {start} followed by {end} at index {n + 1}"
+            )
+    if bounds[-1] != tokens:
+        raise ValueError(f"{name} must end at {tokens}, the number of tokens, got {bounds[-1]}")
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    output: Tensor | None,
+    final_state: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+) -> Checked:
+    """Everything that can be told without reading a value from a device."""
+    for name, x in (("q", q), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q must be {_names(FLOAT_DTYPES)}, got {q.dtype}")
+    varlen, device = cu_seqlens is not None, q.device
+    rule = "[S, Hqk, 128] or [1, S, Hqk, 128] with cu_seqlens" if varlen else "[B, T, Hqk, 128]"
+    rank_fits = q.dim() == 4 or (varlen and q.dim() == 3)
+    if not rank_fits or (varlen and q.dim() == 4 and q.shape[0] != 1):
+        raise ValueError(f"q must have shape {rule}, got {_shape(q)}")
+    if q.shape[-1] != HEAD_DIM:
+        raise ValueError(f"q must have head dimension 128, got {q.shape[-1]} in {_shape(q)}")
+    if v.dim() != q.dim() or v.shape[:-2] != q.shape[:-2] or v.shape[-1] != HEAD_DIM:
+        raise ValueError(
+            f"v must have shape {rule.replace('Hqk', 'Hv')} with q's leading dimensions "
+            f"{_shape(q.shape[:-2])}, got {_shape(v)}"
+        )
+    heads_qk, heads = q.shape[-2], v.shape[-2]
+    if heads_qk == 0 or heads == 0 or heads % heads_qk:
+        raise ValueError(f"Hv must be a positive multiple of Hqk, got Hv={heads}, Hqk={heads_qk}")
+    _check_tensor("q", q, q.shape, rule, (q.dtype,), device)
+    _check_tensor("k", k, q.shape, "q.shape", (q.dtype,), device)
+    _check_tensor("v", v, v.shape, "v.shape", (q.dtype,), device)
+    _check_tensor("g", g, v.shape, "v.shape", (q.dtype, torch.float32), device)
+    _check_tensor("beta", beta, v.shape[:-1], "v.shape[:-1]", (q.dtype, torch.float32), device)
+    _check_gate(A_log, dt_bias, lower_bound, heads, device)
+    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if allow_neg_eigval and not beta_sigmoid:
+        raise ValueError(
+            "allow_neg_eigval doubles the sigmoid of beta and needs use_beta_sigmoid_in_kernel="
+            "True; with a pre-computed beta, pass 2 * beta instead"
+        )
+    num_seqs = q.shape[0]
+    if cu_seqlens is not None:
+        _check_cu_seqlens_form(cu_seqlens, "cu_seqlens", device)
+        num_seqs = cu_seqlens.shape[0] - 1
+    if cu_seqlens_cpu is not None:
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens_cpu mirrors cu_seqlens, got cu_seqlens=None")
+        _check_cu_seqlens_form(cu_seqlens_cpu, "cu_seqlens_cpu", torch.device("cpu"))
+        if cu_seqlens_cpu.shape != cu_seqlens.shape:
+            raise ValueError(
+                f"cu_seqlens_cpu must have cu_seqlens' shape {_shape(cu_seqlens)}, "
+                f"got {_shape(cu_seqlens_cpu)}"
+            )
+    state_shape, state_rule = (num_seqs, heads, HEAD_DIM, HEAD_DIM), "[num_seqs, Hv, 128, 128]"
+    state_dtypes = (v.dtype, torch.float32)
+    if initial_state is not None:
+        _check_tensor("initial_state", initial_state, state_shape, state_rule, state_dtypes, device)
+    if final_state is not None:
+        if initial_state is not None:
+            state_dtypes = (initial_state.dtype,)
+        _check_tensor("final_state", final_state, state_shape, state_rule, state_dtypes, device)
+        _check_writable("final_state", final_state)
+    if output is not None:
+        _check_tensor("output", output, v.shape, "v.shape", (v.dtype,), device)
+        _check_writable("output", output)
+    if output is not None or final_state is not None:
+        inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias, output, final_state)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            raise ValueError(
+                "output and final_state are overwritten, which autograd cannot follow: leave "
+                "them out where gradients are needed, or call under torch.no_grad()"
+            )
+    if q.dim() == 3:
+        q, k, v, g, beta = (x.unsqueeze(0) for x in (q, k, v, g, beta))
+        output = None if output is None else output.unsqueeze(0)
+    return Checked(
+        q, k, v, g, beta, output, HEAD_DIM**-0.5 if scale is None else float(scale), num_seqs
+    )

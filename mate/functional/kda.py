@@ -1,0 +1,172 @@
+"""The public operator: :func:`chunk_kda` and :func:`recurrent_kda`."""
+
+import torch
+from torch import Tensor
+
+import mate.functional.ops  # noqa: F401  (registers torch.ops.mate)
+from mate.functional.contract import check
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = -5.0,
+    use_qk_l2norm_in_kernel: bool = True,
+    output: Tensor | None = None,
+    final_state: Tensor | None = None,
+    *,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Kimi Delta Attention over whole sequences, in chunks.
+
+    Per sequence and value head, with the state S of shape [K, V]::
+
+        S_t = (I - b_t k_t k_t^T) Diag(exp(a_t)) S_{t-1} + b_t k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    where q and k are l2-normalised, b_t = sigmoid(beta_t), and the log-decay a_t (natural
+    logarithm, one a key channel) comes from g by one of three gates:
+
+    ===========================================  =================================================
+    A_log and dt_bias given, lower_bound float   lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
+    A_log and dt_bias given, lower_bound=None    -exp(A_log) * softplus(g + dt_bias)
+    neither given                                g itself; a base-2 decay is converted by * ln 2
+    ===========================================  =================================================
+
+    Source: Kimi Linear (arXiv 2510.26692), equation of the delta rule with a per-channel decay.
+    Gradients flow to q, k, v, g, beta, A_log, dt_bias and initial_state. Any tensor may be a
+    strided view whose last dimension is contiguous.
+
+    Args:
+        q: Queries. Dense [B, T, Hqk, 128]; varlen [S, Hqk, 128] or [1, S, Hqk, 128]. fp16, bf16
+            or fp32.
+        k: Keys, with q's shape and dtype.
+        v: Values [B, T, Hv, 128] or the varlen equivalent, q's dtype. Hv is a multiple of Hqk;
+            value head h reads q/k head h // (Hv / Hqk).
+        g: Gate input with v's shape, q's dtype or fp32.
+        beta: Logits of the writing strength [B, T, Hv] or [S, Hv] / [1, S, Hv]; q's dtype or fp32.
+        scale: Factor on q k^T. Default 128 ** -0.5.
+        initial_state: [N, Hv, V, K], v's dtype or fp32, N the number of sequences. None: zeros.
+            Never modified unless it is passed as ``final_state`` too.
+        output_final_state: Return the state after the last token as well.
+        cu_seqlens: Varlen mode: [N + 1] int32 or int64 on q's device, from 0 to S, not decreasing.
+            Empty sequences keep their initial state.
+        A_log: Log rate of the gate [Hv], any float dtype, computed in fp32. Goes with dt_bias.
+        dt_bias: Bias of the gate [Hv, 128] or [Hv * 128].
+        lower_bound: Smallest log-decay of the bounded gate, finite and negative, or None for the
+            softplus gate.
+        use_qk_l2norm_in_kernel: x / sqrt(sum(x^2) + 1e-6) on q and k.
+        output: Preallocated output with v's shape and dtype; written and returned.
+        final_state: Preallocated final state, of initial_state's dtype; written, and returned
+            where ``output_final_state``. Passing the initial state here updates it in place.
+        use_beta_sigmoid_in_kernel: False: beta is already b_t.
+        allow_neg_eigval: b_t = 2 * sigmoid(beta_t).
+        state_v_first: False: states are [N, Hv, K, V].
+        cu_seqlens_cpu: Copy of cu_seqlens on the CPU, which is validated instead on a GPU.
+
+    Returns:
+        The output with v's shape and dtype; with ``output_final_state`` the pair (output,
+        final_state). A new final state has initial_state's dtype, else fp32.
+
+    Raises:
+        ValueError: A shape, value or device breaks the contract. Nothing has been written.
+        TypeError: A dtype does. Nothing has been written.
+    """
+    return _kda(
+        False, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
+        dt_bias, lower_bound, use_qk_l2norm_in_kernel, output, final_state,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu,
+    )  # fmt: skip
+
+
+def recurrent_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = -5.0,
+    use_qk_l2norm_in_kernel: bool = True,
+    output: Tensor | None = None,
+    final_state: Tensor | None = None,
+    *,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Kimi Delta Attention token by token: decoding and speculative verification.
+
+    The contract of :func:`chunk_kda`, for short sequences (1 to some tens of tokens). With
+    ``final_state=initial_state`` the state is updated in place.
+    """
+    return _kda(
+        True, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
+        dt_bias, lower_bound, use_qk_l2norm_in_kernel, output, final_state,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu,
+    )  # fmt: skip
+
+
+def _kda(
+    recurrent: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    lower_bound: float | None,
+    l2norm: bool,
+    output: Tensor | None,
+    final_state: Tensor | None,
+    beta_sigmoid: bool,
+    neg_eigval: bool,
+    state_v_first: bool,
+    cu_seqlens_cpu: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    call = check(
+        q, k, v, g, beta, scale, initial_state, cu_seqlens, A_log, dt_bias, lower_bound,
+        beta_sigmoid, neg_eigval, output, final_state, cu_seqlens_cpu,
+    )  # fmt: skip
+    resume = final_state is not None and final_state is initial_state
+    inputs = (
+        call.q, call.k, call.v, call.g, call.beta, call.scale, None if resume else initial_state,
+        cu_seqlens, cu_seqlens_cpu, A_log, dt_bias,
+        None if lower_bound is None else float(lower_bound),
+        l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent,
+    )  # fmt: skip
+    if output is None and final_state is None:
+        written, state = torch.ops.mate.kda(*inputs, output_final_state)
+    else:
+        written, state = call.output, final_state
+        if written is None:
+            written = torch.empty_like(call.v, memory_format=torch.contiguous_format)
+        if state is None and output_final_state:
+            dtype = torch.float32 if initial_state is None else initial_state.dtype
+            state = v.new_empty((call.num_seqs, v.shape[-2], 128, 128), dtype=dtype)
+        torch.ops.mate.kda_out(*inputs, resume, written, state)
+    result = output if output is not None else written if v.dim() == 4 else written.squeeze(0)
+    return (result, state) if output_final_state else result

@@ -1,0 +1,139 @@
+"""The operator in torch.library: schemas, fake kernels, autograd.
+
+    mate::kda           functional; differentiable
+    mate::kda_out       writes into given tensors; ``resume``: starts from what final_state holds
+    mate::kda_backward  gradients, opaque to the compiler so that no length is ever unrolled
+
+One implementation serves all devices: it asks :mod:`mate.backends` who takes the call.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mate import backends
+from mate.backends.call import KdaCall
+from mate.functional.contract import check_cu_seqlens
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
+    "Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, Tensor? A_log, Tensor? dt_bias, "
+    "float? lower_bound, bool l2norm, bool beta_sigmoid, bool neg_eigval, bool state_v_first, "
+    "bool recurrent"
+)
+_DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+
+_library = torch.library.Library("mate", "DEF")
+_library.define(f"kda({_INPUTS}, bool output_final_state) -> (Tensor, Tensor)")
+_library.define(
+    f"kda_out({_INPUTS}, bool resume, Tensor(a!) output, Tensor(b!)? final_state) -> ()"
+)
+_library.define(
+    f"kda_backward(Tensor d_output, Tensor d_final_state, {_INPUTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _check_values(call: KdaCall) -> None:
+    """On a GPU only the host's copy of cu_seqlens is read."""
+    tokens = call.v.shape[1]
+    if call.cu_seqlens_cpu is not None:
+        check_cu_seqlens(call.cu_seqlens_cpu, tokens, "cu_seqlens_cpu")
+    if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
+        check_cu_seqlens(call.cu_seqlens, tokens)
+
+
+def _state_like(call: KdaCall) -> Tensor:
+    """A new final state: initial_state's dtype, else fp32."""
+    shape = (call.num_seqs, call.v.shape[2], call.v.shape[3], call.k.shape[3])
+    dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
+    return call.v.new_empty(shape, dtype=dtype)
+
+
+def _new_outputs(call: KdaCall, output_final_state: bool) -> tuple[Tensor, Tensor]:
+    output = torch.empty_like(call.v, memory_format=torch.contiguous_format)
+    return output, _state_like(call) if output_final_state else output.new_empty(0)
+
+
+def _kda(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, output_final_state = args
+    call = KdaCall(*inputs)
+    _check_values(call)
+    output, final_state = _new_outputs(call, output_final_state)
+    backends.forward(call, output, final_state if output_final_state else None)
+    return output, final_state
+
+
+def _kda_out(*args: Any) -> None:
+    *inputs, resume, output, final_state = args
+    call = KdaCall(*inputs)
+    _check_values(call)
+    if resume:
+        call.initial_state = final_state
+    backends.forward(call, output, final_state)
+
+
+def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    call = KdaCall(*inputs)
+    d_state = d_final_state if d_final_state.numel() else None
+    grads, d_initial = backends.backward(call, d_output, d_state)
+    results = _new_gradients(call)
+    found = (grads.q, grads.k, grads.v, grads.g, grads.beta, d_initial, grads.A_log, grads.dt_bias)
+    return tuple(
+        empty if grad is None else grad.to(empty.dtype)
+        for empty, grad in zip(results, found, strict=True)
+    )
+
+
+def _new_gradients(call: KdaCall) -> tuple[Tensor, ...]:
+    sources = (getattr(call, name) for name in _DIFFERENTIABLE)
+    return tuple(
+        call.q.new_empty(0)
+        if x is None
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in sources
+    )
+
+
+def _kda_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, output_final_state = args
+    return _new_outputs(KdaCall(*inputs), output_final_state)
+
+
+def _kda_out_fake(*args: Any) -> None:
+    return None
+
+
+def _kda_backward_fake(d_output: Tensor, d_final: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _new_gradients(KdaCall(*inputs))
+
+
+_FIELDS = tuple(KdaCall.__dataclass_fields__)
+_TENSORS = tuple(
+    name for name in _FIELDS if name in (*_DIFFERENTIABLE, "cu_seqlens", "cu_seqlens_cpu")
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    values = dict(zip(_FIELDS, inputs[:-1], strict=True))
+    ctx.save_for_backward(*(values.pop(name) for name in _TENSORS))
+    ctx.options = values
+
+
+def _autograd(ctx: Any, d_output: Tensor, d_final_state: Tensor) -> tuple[Any, ...]:
+    values = ctx.options | dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
+    inputs = [values[name] for name in _FIELDS]
+    grads = torch.ops.mate.kda_backward(d_output, d_final_state, *inputs)
+    found = dict(zip(_DIFFERENTIABLE, grads, strict=True))
+    return (*(None if values[n] is None else found.get(n) for n in _FIELDS), None)
+
+
+for _name, _function, _fake in (
+    ("kda", _kda, _kda_fake),
+    ("kda_out", _kda_out, _kda_out_fake),
+    ("kda_backward", _kda_backward, _kda_backward_fake),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mate::{_name}", _fake, lib=_library)
+torch.library.register_autograd("mate::kda", _autograd, setup_context=_setup_context, lib=_library)
