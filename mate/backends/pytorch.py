@@ -23,6 +23,7 @@ from mate.backends.call import KdaCall
 from mate.functional.reference import L2NORM_EPS
 
 MAX_CHUNK = 64
+TINY = 1e-18  # smaller operands count as 0: products of two would be denormal, 10 times slower
 SLAB_BYTES = 2 << 20  # of one [B, H, tokens, D] array: bounds the memory of both passes
 
 
@@ -217,16 +218,18 @@ def _cut(x: Inputs, scale: float, chunk: int) -> Chunks:
         X_left, X_right = blocks.movedim(-1, -3).unflatten(-3, (-1, 2)).unbind(-3)
         b_right = _halves(b, s)[1]
         corner = b_right * _corners(kk, s).movedim(-1, -3)
-        _corners(X, s).copy_(-(X_right @ corner @ X_left).movedim(-3, -1))
+        _corners(X, s).copy_(-F.hardshrink(X_right @ corner @ X_left, TINY).movedim(-3, -1))
         total_left, total_right = (half[..., -1:, :] for half in _halves(to_right, s))
         to_right, to_left = to_right.clone(), to_left.clone()
-        _halves(to_right, s)[1].mul_(total_left)
-        _halves(to_left, s)[0].mul_(total_right)
+        F.threshold_(_halves(to_right, s)[1].mul_(total_left), TINY, 0.0)
+        F.threshold_(_halves(to_left, s)[0].mul_(total_right), TINY, 0.0)
     decays.append((to_right, to_left))
     Kd, Qd, Kr = k * to_right, scale * q * to_right, k * to_left
     # the decay of the state is rounded once a chunk, not once a token: gates near 1 compound
-    decay = a.sum(-2).exp().unsqueeze(-1)
-    return Chunks(q, k, v, b, decays, kk, P, X, Kd, Qd, Kr, X @ (b * Kd), X @ (b * v), decay)
+    decay = F.threshold(a.sum(-2).exp(), TINY, 0.0).unsqueeze(-1)
+    W, U = F.hardshrink(X @ (b * Kd), TINY), X @ (b * v)
+    P = F.hardshrink(P, TINY)
+    return Chunks(q, k, v, b, decays, kk, P, X, Kd, Qd, Kr, W, U, decay)
 
 
 def _cut_backward(c: Chunks, scale: float, d: "ChunkGradients") -> Inputs:
