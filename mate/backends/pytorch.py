@@ -23,7 +23,9 @@ from mate.backends.call import KdaCall
 from mate.functional.reference import L2NORM_EPS
 
 MAX_CHUNK = 64
-TINY = 1e-18  # smaller operands count as 0: products of two would be denormal, 10 times slower
+# Denormal numbers make a matrix product 10 times slower: products of decays below TINY, of which
+# two may meet, and what is multiplied with values of order 1 below TINY_RESULT, count as 0.
+TINY, TINY_RESULT = 1e-18, 1e-30
 SLAB_BYTES = 2 << 20  # of one [B, H, tokens, D] array: bounds the memory of both passes
 
 
@@ -226,9 +228,9 @@ def _cut(x: Inputs, scale: float, chunk: int) -> Chunks:
     decays.append((to_right, to_left))
     Kd, Qd, Kr = k * to_right, scale * q * to_right, k * to_left
     # the decay of the state is rounded once a chunk, not once a token: gates near 1 compound
-    decay = F.threshold(a.sum(-2).exp(), TINY, 0.0).unsqueeze(-1)
-    W, U = F.hardshrink(X @ (b * Kd), TINY), X @ (b * v)
-    P = F.hardshrink(P, TINY)
+    decay = F.threshold(a.sum(-2).exp(), TINY_RESULT, 0.0).unsqueeze(-1)
+    W, U = F.hardshrink(X @ (b * Kd), TINY_RESULT), X @ (b * v)
+    P = F.hardshrink(P, TINY_RESULT)
     return Chunks(q, k, v, b, decays, kk, P, X, Kd, Qd, Kr, W, U, decay)
 
 
@@ -320,8 +322,9 @@ def _chunk_size(tokens: int) -> int:
 
 def _slabs(call: KdaCall, start: int, end: int) -> list[slice]:
     """Cuts a run of tokens at whole chunks, so that memory does not grow with its length."""
-    per_token = call.v[:, 0].numel() * (8 if call.v.dtype == torch.float64 else 4)
-    step = max(1, SLAB_BYTES // (per_token * MAX_CHUNK)) * MAX_CHUNK
+    B, _, H, V = call.v.shape
+    per_chunk = B * H * MAX_CHUNK * V * _compute_dtype(call.v.dtype).itemsize
+    step = max(1, SLAB_BYTES // max(1, per_chunk)) * MAX_CHUNK
     return [slice(t, min(t + step, end)) for t in range(start, end, step)]
 
 

@@ -83,7 +83,7 @@ def _check_gate(
             raise TypeError(
                 f"lower_bound must be a float or None, got {type(lower_bound).__name__}"
             )
-        if not (math.isfinite(lower_bound) and lower_bound < 0):
+        if not -math.inf < lower_bound < 0:
             raise ValueError(f"lower_bound must be finite and negative, got {lower_bound}")
     if A_log is None or dt_bias is None:
         return

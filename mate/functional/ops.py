@@ -69,6 +69,9 @@ def _kda_out(*args: Any) -> None:
     *inputs, resume, output, final_state = args
     call = KdaCall(*inputs)
     _check_values(call)
+    for name in ("q", "k", "v", "g"):
+        if output.numel() and output.data_ptr() == getattr(call, name).data_ptr():
+            raise ValueError(f"output must not be the memory of {name}, which is still read")
     if resume:
         call.initial_state = final_state
     backends.forward(call, output, final_state)
