@@ -223,8 +223,8 @@ def _cut(x: Inputs, scale: float, chunk: int) -> Chunks:
         _corners(X, s).copy_(-F.hardshrink(X_right @ corner @ X_left, TINY).movedim(-3, -1))
         total_left, total_right = (half[..., -1:, :] for half in _halves(to_right, s))
         to_right, to_left = to_right.clone(), to_left.clone()
-        F.threshold_(_halves(to_right, s)[1].mul_(total_left), TINY, 0.0)
-        F.threshold_(_halves(to_left, s)[0].mul_(total_right), TINY, 0.0)
+        torch.threshold_(_halves(to_right, s)[1].mul_(total_left), TINY, 0.0)
+        torch.threshold_(_halves(to_left, s)[0].mul_(total_right), TINY, 0.0)
     decays.append((to_right, to_left))
     Kd, Qd, Kr = k * to_right, scale * q * to_right, k * to_left
     # the decay of the state is rounded once a chunk, not once a token: gates near 1 compound

@@ -185,7 +185,7 @@ def check(
                 f"got {_shape(cu_seqlens_cpu)}"
             )
     state_shape, state_rule = (num_seqs, heads, HEAD_DIM, HEAD_DIM), "[num_seqs, Hv, 128, 128]"
-    state_dtypes = (v.dtype, torch.float32)
+    state_dtypes: tuple[torch.dtype, ...] = (v.dtype, torch.float32)
     if initial_state is not None:
         _check_tensor("initial_state", initial_state, state_shape, state_rule, state_dtypes, device)
     if final_state is not None:

@@ -104,8 +104,8 @@ def kda_reference(
     else:
         parts, states = [], []
         for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            window = (x[:, start:end] for x in (q, k, v, a, b))
-            o, s = kda_recurrence(*window, scale, S[n : n + 1])
+            q_n, k_n, v_n, a_n, b_n = (x[:, start:end] for x in (q, k, v, a, b))
+            o, s = kda_recurrence(q_n, k_n, v_n, a_n, b_n, scale, S[n : n + 1])
             parts.append(o)
             states.append(s)
         output, S = torch.cat(parts, 1), torch.cat(states)

@@ -1,0 +1,56 @@
+# make demo and make test work in a fresh clone on a machine with Python, a C++ compiler and pip.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+TORCH  ?= torch==2.13.0
+
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc mate -type f -not -name '*.so' -not -name '*.pyc')
+
+.PHONY: demo test bench lint format develop clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/generate.py
+	$(BIN)/python examples/finetune.py
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/cpu.py
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp)
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp)
+
+# The kernels inside the source tree, for work on mate itself with PYTHONPATH=. set.
+develop: $(VENV)/installed
+	cmake -S . -B build/develop
+	cmake --build build/develop --parallel
+	cmake --install build/develop --prefix .
+
+clean:
+	rm -rf $(VENV) build mate/lib out
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	@echo "installing mate into $(VENV) (compiles the CPU kernels)"
+	@$(PIP) '.[test]'
+	@touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	@$(PIP) '.[dev]'
+	@touch $@
+
+# torch first and by its exact version: a looser requirement would fetch gigabytes of CUDA packages.
+$(VENV)/torch:
+	@echo "making $(VENV) with $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)'
+	@touch $@

@@ -1,0 +1,3 @@
+#define MATE_ISA portable
+#define MATE_SIMD_WIDTH 4
+#include "item.h"

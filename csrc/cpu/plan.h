@@ -1,0 +1,38 @@
+// How a call is cut into work items, and how many threads it deserves.
+#pragma once
+
+#include <vector>
+
+#include "work.h"
+
+namespace mate {
+
+class Plan {
+ public:
+  explicit Plan(const mate_kda_args& args);  // throws std::bad_alloc
+
+  int64_t items() const { return items_; }
+  WorkItem item(int64_t index) const;
+  int threads() const { return threads_; }
+  size_t scratch_floats() const { return scratch_floats_; }  // of one thread
+
+ private:
+  struct Tokens {
+    int64_t batch, begin, end;
+  };
+  Tokens tokens(int64_t sequence) const;
+  bool recurrent(int64_t length) const;
+  double cost(int64_t length, int slices) const;
+  void read_bounds();
+  void choose_cut();
+  void size_scratch();
+
+  const mate_kda_args& args_;
+  std::vector<int64_t> bounds_;  // cu_seqlens made safe; empty for a dense batch
+  std::vector<int64_t> order_;   // sequences, longest first; empty where they are alike
+  int64_t longest_ = 0, heads_ = 1, groups_ = 1, items_ = 0;
+  int slices_ = 1, threads_ = 1;
+  size_t scratch_floats_ = 0;
+};
+
+}  // namespace mate
