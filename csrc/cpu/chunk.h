@@ -168,7 +168,8 @@ MATE_INLINE void update_state(const Tile& tile, int n, float* panel) {
 }
 
 // u_i = b_i (v_i - (k_in S)_i - sum_{j < i} L_ij u_j) for rows i0 .. i0 + kRows, by forward
-// substitution on the right-hand side: keys that are all alike cost no accuracy, as an inverse would.
+// substitution on the right-hand side: keys that are all alike cost no accuracy, as an inverse
+// would.
 MATE_INLINE void solve_rows(Tile& tile, int i0) {
   Vec x[kRows][2];
   MATE_UNROLL
@@ -201,7 +202,7 @@ MATE_INLINE void solve_rows(Tile& tile, int i0) {
 
 // o_i = (q_in S)_i + sum_{j <= i} P_ij u_j, over the same rows, into tile.read.
 MATE_INLINE void output_rows(Tile& tile, int i0) {
-  float(*o)[kPanel] = tile.read + kTile + i0;
+  float (*o)[kPanel] = tile.read + kTile + i0;
   Vec x[kRows][2];
   MATE_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -318,7 +319,8 @@ static void run_chunked(const mate_kda_args& args, const WorkItem& item, float* 
     for (int64_t h = item.head_begin; h < item.head_end; ++h) {
       load_tile(args, item, gates[h - item.head_begin], t, n, h, tile);
       build_tile(tile, n);
-      // Between panels, fetch a share of the rows of the next head, or of the first at the next tile.
+      // Between panels, fetch a share of the rows of the next head, or of the first at the next
+      // tile.
       const bool last_head = h + 1 == item.head_end;
       const int64_t next_head = last_head ? item.head_begin : h + 1;
       int64_t next_token = last_head ? t + kTile : t;

@@ -30,6 +30,7 @@ struct Isa {
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
 bool has_avx2() {
+  __builtin_cpu_init();
   unsigned a, b, c = 0, d;
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

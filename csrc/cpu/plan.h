@@ -23,12 +23,13 @@ class Plan {
   Tokens tokens(int64_t sequence) const;
   bool recurrent(int64_t length) const;
   double cost(int64_t length, int slices) const;
+  double cost_of_a_head(int slices) const;
   void read_bounds();
   void choose_cut();
   void size_scratch();
 
   const mate_kda_args& args_;
-  std::vector<int64_t> bounds_;  // cu_seqlens made safe; empty for a dense batch
+  std::vector<int64_t> bounds_;  // cu_seqlens made safe, if given
   std::vector<int64_t> order_;   // sequences, longest first; empty where they are alike
   int64_t longest_ = 0, heads_ = 1, groups_ = 1, items_ = 0;
   int slices_ = 1, threads_ = 1;

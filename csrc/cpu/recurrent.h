@@ -1,8 +1,8 @@
 // The recurrence token by token, for short sequences: decode, speculative verification.
 //
-// kWidth value rows [V, K] at a time stay in the first cache for a burst of tokens. Each token costs
-// one pass over them: the previous token's update, its own decay, and the products with k and q. The
-// output then needs no second pass: q (S + k delta) = q S + (q k) delta.
+// kWidth value rows [V, K] at a time stay in the first cache for a burst of tokens. Each token
+// costs one pass over them: the previous token's update, its own decay, and the products with k and
+// q. The output then needs no second pass: q (S + k delta) = q S + (q k) delta.
 #pragma once
 
 #include "rows.h"
@@ -10,7 +10,7 @@
 namespace mate {
 namespace MATE_ISA {
 
-struct Token {  // kTokenFloats
+struct Token {                    // kTokenFloats
   float whole[kDim], part[kDim];  // the decay, see simd.h
   float k[kDim], q[kDim];
   float q_dot_k, beta;
@@ -112,7 +112,8 @@ static void run_recurrent(const mate_kda_args& args, const WorkItem& item, float
   const int64_t length = item.end - item.begin;
   const int64_t burst = length < kBurst ? length : kBurst;
   float* buffer = reinterpret_cast<float*>(tokens + burst);
-  // One burst: its tokens are prepared once and rows stream through. More: all rows stay in scratch.
+  // One burst: its tokens are prepared once and rows stream through. More: all rows stay in
+  // scratch.
   const int columns = item.column_end - item.column_begin;
   const int group = length <= kBurst ? kWidth : columns;
 

@@ -13,6 +13,8 @@
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define MATE_INLINE static inline __attribute__((always_inline))
@@ -45,7 +47,7 @@ MATE_INLINE Vec from_bf16(HalfVec h) { return (Vec)(__builtin_convertvector(h, U
 MATE_INLINE HalfVec to_bf16(Vec x) {
   const UintVec bits = (UintVec)x;
   const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const UintVec nan = (bits >> 16) | 0x40;                             // rounding could carry to inf
+  const UintVec nan = (bits >> 16) | 0x40;  // rounding could carry to inf
   return __builtin_convertvector(x != x ? nan : rounded, HalfVec);
 }
 
@@ -56,13 +58,12 @@ MATE_INLINE HalfVec to_fp16(Vec x) {
 }
 #elif defined(__F16C__)
 MATE_INLINE Vec from_fp16(HalfVec h) { return (Vec)_mm256_cvtph_ps((__m128i)h); }
-MATE_INLINE HalfVec to_fp16(Vec x) { 
+MATE_INLINE HalfVec to_fp16(Vec x) {
   return (HalfVec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__aarch64__)
-typedef __fp16 Float16Vec __attribute__((vector_size(2 * kWidth)));
-MATE_INLINE Vec from_fp16(HalfVec h) { return __builtin_convertvector((Float16Vec)h, Vec); }
-MATE_INLINE HalfVec to_fp16(Vec x) { return (HalfVec)__builtin_convertvector(x, Float16Vec); }
+MATE_INLINE Vec from_fp16(HalfVec h) { return (Vec)vcvt_f32_f16((float16x4_t)h); }
+MATE_INLINE HalfVec to_fp16(Vec x) { return (HalfVec)vcvt_f16_f32((float32x4_t)x); }
 #else
 // Integer arithmetic: exact for denormals whatever the processor's flush mode.
 MATE_INLINE Vec from_fp16(HalfVec h) {

@@ -9,10 +9,11 @@
 namespace mate {
 
 constexpr int kDim = MATE_HEAD_DIM;
-constexpr int kTile = 16;           // tokens that the chunked kernel handles together
-constexpr int kBurst = 64;          // tokens that the recurrent kernel prepares together
+constexpr int kTile = 16;                    // tokens that the chunked kernel handles together
+constexpr int kBurst = 64;                   // tokens that the recurrent kernel prepares together
+constexpr int kMaxWidth = 16;                // floats in the widest vector
 constexpr int kTokenFloats = 4 * kDim + 16;  // what the recurrent kernel keeps of a token
-constexpr int kMaxHeads = 8;        // value heads of a work item
+constexpr int kMaxHeads = 8;                 // value heads of a work item
 constexpr int kColumnQuantum = 32;  // value channels: work items are cut at multiples of this
 
 // Tokens [begin, end) of one batch row, for a few value heads and some of their value channels.

@@ -159,9 +159,7 @@ def test_preallocated(backend, operator):
     output = torch.full_like(case.tensors["v"], torch.nan)
     state = torch.full_like(case.tensors["initial_state"], torch.nan)
     initial = case.tensors["initial_state"].clone()
-    results = operator(
-        **case.kwargs(), output=output, final_state=state, output_final_state=True
-    )
+    results = operator(**case.kwargs(), output=output, final_state=state, output_final_state=True)
     assert results[0] is output and results[1] is state
     assert torch.equal(case.tensors["initial_state"], initial)
     check(case, results)

@@ -1,0 +1,123 @@
+"""``python -m mate check``: versions, which backend serves which call, and why not another."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mate
+from mate.backends import native
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    """Model name and the features that matter to kernels, as far as the system tells them."""
+    info = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    for line in info.read_text().splitlines() if info.exists() else []:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "features": [name for name in _FEATURES if name in flags],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _devices() -> list[str]:
+    """The devices of this machine that PyTorch can use."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    musa = getattr(torch, "musa", None)
+    if musa is not None and musa.is_available():
+        found.append("musa")
+    return found
+
+
+def check() -> dict[str, Any]:
+    """Everything ``mate check`` says, as plain data; ``ok`` is false where a call would be slow."""
+    library = native.library()
+    calls = []
+    for device in _devices():
+        for dtype in _DTYPES:
+            choice = mate.backend_for(device, dtype)
+            calls.append(
+                {
+                    "device": device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "forward": choice.name,
+                    "backward": "pytorch",
+                    "refusals": choice.refusals,
+                }
+            )
+    names = ("torch", "einops", "transformers", "torch_musa")
+    return {
+        "mate": mate.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in names},
+        "cpu": _cpu(),
+        "native": {
+            "cpu": {
+                "isa": native.isa(),
+                "problem": library if isinstance(library, str) else None,
+            }
+        },
+        "calls": calls,
+        "ok": all(call["forward"] == "native" for call in calls),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    versions = ("mate", "python", "torch", "einops", "transformers", "torch_musa")
+    print("  ".join(f"{name} {report[name] or '-'}" for name in versions))
+    cpu = report["cpu"]
+    print(f"cpu: {cpu['model']}, {cpu['threads']} threads, {' '.join(cpu['features'])}")
+    kernels = report["native"]["cpu"]
+    print(f"cpu kernels: {kernels['isa'] or 'none'}")
+    print(f"\n{'device':8}{'dtype':10}{'forward':10}backward")
+    for call in report["calls"]:
+        print(f"{call['device']:8}{call['dtype']:10}{call['forward']:10}{call['backward']}")
+    reasons = {
+        f"{call['device']}: not {name}, because {reason}"
+        for call in report["calls"]
+        for name, reason in call["refusals"].items()
+    }
+    for reason in sorted(reasons):
+        print(reason)
+    print("\nok" if report["ok"] else "\nsome calls are served by a slow backend, see above")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mate", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    description = "Exit code 1 when a call would be served by a slow backend."
+    command = commands.add_parser("check", help="what serves which call", description=description)
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    options = parser.parse_args(arguments)
+    report = check()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
