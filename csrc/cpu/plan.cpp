@@ -23,8 +23,11 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Plan::Plan(const mate_kda_args& args) : args_(args) {
   if (args.num_seqs <= 0 || args.heads_v <= 0) return;
-  longest_ = tokens(0).end;
-  if (args.cu_seqlens) read_bounds();
+  if (args.cu_seqlens) {
+    read_bounds();
+  } else {
+    longest_ = tokens(0).end;
+  }
   const double worth = cost_of_a_head(1) * static_cast<double>(args.heads_v) / kWorthAThread;
   threads_ = std::max(1, static_cast<int>(std::min<double>(args.threads, worth)));
   choose_cut();

@@ -111,11 +111,14 @@ def run(case: Case, algorithm: int = native.AUTO, **options: Any) -> tuple[Tenso
 
 
 def check(
-    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], state: float = STATE
+    actual: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor],
+    state: float = STATE,
+    slack: float = 1.0,
 ) -> None:
     output, final = actual
-    assert rel_rms(output, expected[0]) <= OUTPUT[output.dtype]
-    assert rel_rms(final, expected[1]) <= state
+    assert rel_rms(output, expected[0]) <= slack * OUTPUT[output.dtype]
+    assert rel_rms(final, expected[1]) <= slack * state
 
 
 # ---- cases --------------------------------------------------------------------------------------
@@ -139,6 +142,14 @@ def raw_keys(**kwargs: Any) -> Case:
     for name in ("q", "k"):
         case.tensors[name] *= 0.08
     case.tensors["beta"] = torch.rand_like(case.tensors["beta"])
+    return case
+
+
+def long_memory() -> Case:
+    """Constant decays near 1 and small b: an error that exp(a) repeats at every token adds up."""
+    case = draw(T=6000, Hqk=1, Hv=1, gate="log")
+    case.tensors["g"].copy_(-torch.logspace(-5, -2, 128))
+    case.tensors["beta"] -= 4.0
     return case
 
 
@@ -185,6 +196,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "negative-eigenvalues": lambda: draw(T=40, allow_neg_eigval=True),
     "no-l2norm-no-sigmoid": lambda: raw_keys(T=40),
     "zero-rows": zero_rows,
+    "long-memory": long_memory,
     "varlen": lambda: draw(lens=[5, 0, 17, 1, 0, 64, 0]),
     "varlen-bf16-key-first": lambda: draw(lens=[0, 3, 33, 13], dtype=bf16, state_v_first=False),
 }
@@ -201,7 +213,8 @@ def test_matches_the_recurrence(name: str, isa: str, algorithm: int) -> None:
     case, expected = built(name)
     state = case.tensors.get("initial_state")
     rounds = state is not None and state.dtype != torch.float32
-    check(run(case, algorithm), expected, state=4e-3 if rounds else STATE)
+    slack = 3.0 if name == "long-memory" else 1.0
+    check(run(case, algorithm), expected, state=4e-3 if rounds else STATE, slack=slack)
 
 
 @pytest.mark.parametrize("T", [1, 12, 13, 40])
