@@ -1,7 +1,7 @@
 """The FlashKDA Python API on mate's operator: frameworks written against it run unchanged.
 
 q and k are l2-normalised and beta are logits, as there; the gate is the bounded one. Beyond
-FlashKDA: any device that mate serves, fp16 and fp32, grouped value heads, T = 0 and empty sequences.
+FlashKDA: any device that mate serves, fp16 and fp32, grouped value heads, empty sequences.
 """
 
 import torch

@@ -2,10 +2,11 @@
 
 import inspect
 
-import flash_kda
 import pytest
 import torch
 from kda_cases import BOUNDS, draw, rel_rms
+
+import flash_kda
 
 ORDER = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
