@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc mate -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test bench lint format develop clean
+.PHONY: demo test fuzz test-sanitize bench lint format develop clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/generate.py
@@ -15,6 +15,20 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+# 100,000 drawn cases take about an hour: make fuzz CASES=1000 for a taste.
+CASES ?= 100000
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz_kda.py --cases $(CASES)
+
+# The kernels' own tests and drawn cases under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+test-sanitize: $(VENV)/installed
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	cmake --build build/sanitize --parallel
+	ASAN_OPTIONS=detect_leaks=0 MATE_CPU_LIBRARY=$(CURDIR)/build/sanitize/libmate_cpu.so \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/backends tests/functional/test_kda_fuzz.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py

@@ -40,7 +40,9 @@ class KdaArgs(ctypes.Structure):
 
 
 def library_path() -> Path:
-    return Path(__file__).parents[1] / "lib" / "libmate_cpu.so"
+    """Where the CPU library lies; ``MATE_CPU_LIBRARY`` names another build of it."""
+    named = os.environ.get("MATE_CPU_LIBRARY")
+    return Path(named) if named else Path(__file__).parents[1] / "lib" / "libmate_cpu.so"
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def kda_reference(
     if cu_seqlens is None:
         output, S = kda_recurrence(q, k, v, a, b, scale, S)
     else:
-        parts, states = [], []
+        parts, states = [v[:, :0]], [S[:0]]
         for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             q_n, k_n, v_n, a_n, b_n = (x[:, start:end] for x in (q, k, v, a, b))
             o, s = kda_recurrence(q_n, k_n, v_n, a_n, b_n, scale, S[n : n + 1])

@@ -38,7 +38,7 @@ typedef struct {
   mate_tensor initial_state, final_state;  // data may be null: start from zeros, do not store
   const float* A_log;                      // [heads_v] or null
   const float* dt_bias;                    // [heads_v, 128] or null
-  const void* cu_seqlens;                  // [num_seqs + 1] or null: num_seqs rows of seq_len tokens
+  const void* cu_seqlens;  // [num_seqs + 1] or null: num_seqs rows of seq_len tokens
   int64_t num_seqs, seq_len, total_tokens;
   int64_t heads_qk, heads_v;
   float scale, lower_bound;
