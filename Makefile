@@ -37,12 +37,12 @@ lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp tests/*/*.cpp)
 
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp)
+	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp tests/*/*.cpp)
 
 # The kernels inside the source tree, for work on mate itself with PYTHONPATH=. set.
 develop: $(VENV)/installed
