@@ -56,7 +56,8 @@ def test_install_without_a_compiler(tmp_path):
         if path := shutil.which(name):
             (tools / name).symlink_to(path)
     wheel, log = build_wheel(tmp_path, CXX="/no/compiler", PATH=str(tools))
-    assert "no working C++ compiler was found" in log
+    said = " ".join(log.split())  # CMake wraps lines
+    assert "the CPU kernels are not built" in said and "install g++ or clang++" in said
     assert "mate/lib/libmate_cpu.so" not in wheel.namelist()
     wheel.extractall(tmp_path / "site")
     program = """
