@@ -1,4 +1,4 @@
-"""The portable kernels on aarch64: cross-compiled, vectorised for NEON, run under an emulator."""
+"""The kernels outside Python: on aarch64 under an emulator, and under ThreadSanitizer."""
 
 import re
 import shutil
@@ -15,15 +15,19 @@ from mate.backends import native
 
 ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-pytestmark = pytest.mark.skipif(
+needs_aarch64 = pytest.mark.skipif(
     not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
     reason=f"needs {COMPILER} and {EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user-static)",
+)
+needs_tsan = pytest.mark.skipif(
+    not (shutil.which("cmake") and shutil.which("g++") and shutil.which("setarch")),
+    reason="needs cmake, g++ and setarch",
 )
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory) -> Path:
+def aarch64(tmp_path_factory) -> Path:
     """The kernels and tests/backends/kda_runner.cpp in one static program."""
     program = tmp_path_factory.mktemp("aarch64") / "kda_runner"
     sources = [p for p in (ROOT / "csrc/cpu").glob("*.cpp") if not re.search("avx|amx", p.name)]
@@ -33,7 +37,23 @@ def runner(tmp_path_factory) -> Path:
     return program
 
 
-def run(runner: Path, case, algorithm: int, threads: int = 1) -> tuple[Tensor, Tensor]:
+@pytest.fixture(scope="module")
+def thread_sanitized(tmp_path_factory) -> Path:
+    """The same for this processor, instrumented, with every instruction set."""
+    folder = tmp_path_factory.mktemp("tsan")
+    flags = ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCMAKE_CXX_FLAGS=-fsanitize=thread"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *flags], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)
+    program = folder / "kda_runner"
+    source = ROOT / "tests/backends/kda_runner.cpp"
+    command = ["g++", "-fsanitize=thread", "-g", f"-I{ROOT / 'csrc/include'}", source]
+    command += [folder / "libmate_cpu.so", f"-Wl,-rpath,{folder}", "-o", program]
+    subprocess.run(command, check=True)
+    return program
+
+
+def run(command: list, case, algorithm: int, threads: int) -> tuple[Tensor, Tensor, str]:
+    """The output, the final state, and the instruction set that computed them."""
     t = case.tensors
     lens, state = t.get("cu_seqlens"), t.get("initial_state")
     num_seqs = t["v"].shape[0] if lens is None else len(lens) - 1
@@ -50,17 +70,26 @@ def run(runner: Path, case, algorithm: int, threads: int = 1) -> tuple[Tensor, T
     )  # fmt: skip
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "initial_state")
     blobs = [bytes(t[n].contiguous().view(torch.uint8).numpy()) for n in names if n in t]
-    source, result = runner.parent / "in", runner.parent / "out"
+    source, result = command[-1].parent / "in", command[-1].parent / "out"
     source.write_bytes(header + b"".join(blobs))
-    done = subprocess.run([EMULATOR, runner, source, result], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "portable\n", done.stderr
+    done = subprocess.run([*command, source, result], capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     data = bytearray(result.read_bytes())
     count = t["v"].numel() * t["v"].element_size()
     output = torch.frombuffer(data[:count], dtype=t["v"].dtype).view(t["v"].shape)
     final = torch.frombuffer(data[count:], dtype=torch.float32)
-    return output, final.view(num_seqs, t["v"].shape[2], 128, 128)
+    return output, final.view(num_seqs, t["v"].shape[2], 128, 128), done.stdout.strip()
 
 
+def check(command: list, case, algorithm: int, threads: int) -> str:
+    output, state, isa = run(command, case, algorithm, threads)
+    expected, bounds = case.reference(), BOUNDS[case.tensors["q"].dtype]
+    assert rel_rms(output, expected[0]) <= bounds[0]
+    assert rel_rms(state, expected[1]) <= bounds[1]
+    return isa
+
+
+@needs_aarch64
 @pytest.mark.parametrize("algorithm", [native.CHUNK, native.RECURRENT], ids=["chunk", "recurrent"])
 @pytest.mark.parametrize(
     "options",
@@ -72,17 +101,24 @@ def run(runner: Path, case, algorithm: int, threads: int = 1) -> tuple[Tensor, T
     ],
     ids=["fp32", "bf16-softplus", "fp16-erasing-grouped", "varlen-strong"],
 )
-def test_matches_the_recurrence(runner, options, algorithm):
-    case = draw(**options)
-    output, state = run(runner, case, algorithm, threads=2)
-    expected = case.reference()
-    bounds = BOUNDS[case.tensors["q"].dtype]
-    assert rel_rms(output, expected[0]) <= bounds[0]
-    assert rel_rms(state, expected[1]) <= bounds[1]
+def test_aarch64_matches_the_recurrence(aarch64, options, algorithm):
+    assert check([EMULATOR, aarch64], draw(**options), algorithm, threads=2) == "portable"
 
 
-def test_vectorised_for_neon(runner):
+@needs_aarch64
+def test_vectorised_for_neon(aarch64):
     """Fused multiply-adds on four floats, not one: the compiler saw the vectors."""
     objdump = COMPILER.replace("g++", "objdump")
-    code = subprocess.run([objdump, "-d", runner], capture_output=True, text=True, check=True)
+    code = subprocess.run([objdump, "-d", aarch64], capture_output=True, text=True, check=True)
     assert len(re.findall(r"\tfmla\tv\d+\.4s", code.stdout)) > 100
+
+
+@needs_tsan
+@pytest.mark.parametrize("algorithm", [native.CHUNK, native.RECURRENT], ids=["chunk", "recurrent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_no_data_race(thread_sanitized, algorithm, dtype):
+    """The one parallel region of a call, on more threads than cores. setarch: no random layout,
+    which ThreadSanitizer cannot map on some kernels."""
+    command = ["setarch", "-R", thread_sanitized]
+    check(command, draw(T=70, Hqk=1, Hv=9, dtype=dtype), algorithm, threads=4)
+    check(command, draw(lens=[3, 0, 40, 17, 1], Hqk=1, Hv=2, dtype=dtype), algorithm, threads=4)
