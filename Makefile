@@ -28,7 +28,7 @@ test-sanitize: $(VENV)/installed
 	cmake --build build/sanitize --parallel
 	ASAN_OPTIONS=detect_leaks=0 MATE_CPU_LIBRARY=$(CURDIR)/build/sanitize/libmate_cpu.so \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/backends tests/functional/test_kda_fuzz.py
+	$(BIN)/python -m pytest tests/backends/test_native.py tests/functional/test_kda_fuzz.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
