@@ -8,10 +8,15 @@
 #include <vector>
 
 #include "plan.h"
+#include "team.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <xmmintrin.h>
+#endif
+#if defined(MATE_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define MATE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -24,6 +29,7 @@ namespace {
 struct Isa {
   const char* name;
   RunItem run;
+  const LayerKernels* layer;
   bool (*runs_here)();
 };
 
@@ -41,13 +47,36 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(MATE_HAS_AMX)
+// Linux gives a process the tile registers only if it asks, once, and may refuse.
+bool may_use_tile_registers() {
+  constexpr int kGetPermitted = 0x1022, kRequest = 0x1023, kTileData = 18;  // asm/prctl.h
+  uint64_t permitted = 0;
+  syscall(SYS_arch_prctl, kRequest, kTileData);
+  return syscall(SYS_arch_prctl, kGetPermitted, &permitted) == 0 && (permitted >> kTileData & 1);
+}
+bool has_amx() {
+  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned a, b, c, d;
+  if (!has_avx512() || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16) ||
+      !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) {
+    return false;
+  }
+  static const bool may = may_use_tile_registers();
+  return may;
+}
+#endif
+
 // The best first.
 const Isa kIsas[] = {
-#if defined(__x86_64__)
-    {"avx512", avx512::run_item, has_avx512},
-    {"avx2", avx2::run_item, has_avx2},
+#if defined(MATE_HAS_AMX)
+    {"amx", amx::run_item, &avx512::layer_kernels, has_amx},
 #endif
-    {"portable", portable::run_item, [] { return true; }},
+#if defined(__x86_64__)
+    {"avx512", avx512::run_item, &avx512::layer_kernels, has_avx512},
+    {"avx2", avx2::run_item, &avx2::layer_kernels, has_avx2},
+#endif
+    {"portable", portable::run_item, &portable::layer_kernels, [] { return true; }},
 };
 
 const Isa* find_isa(const char* name) {
@@ -95,35 +124,64 @@ class FlushDenormals {
 #endif
 };
 
-// What the threads of one call share. Right for any number of threads that arrive.
+struct Team {
+  int threads;
+  void (*work)(void* context, int slot);
+  void* context;
+  std::atomic<int> arrived{0};
+
+  void join() {
+    const int slot = arrived.fetch_add(1);
+    if (slot >= threads) return;  // more than were asked for
+    const FlushDenormals flush;
+    work(context, slot);
+  }
+  static void join(void* team) { static_cast<Team*>(team)->join(); }
+};
+
+void run_in_own_threads(Team& team) {
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < team.threads; ++i) others.emplace_back([&] { team.join(); });
+  } catch (const std::exception&) {  // no more threads to be had: these do the work
+  }
+  team.join();
+  for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace
+
+const LayerKernels& current_layer_kernels() { return *current_isa().layer; }
+
+void run_team(int threads, void (*work)(void* context, int slot), void* context) {
+  Team team{threads, work, context};
+  const mate_parallel_fn run = parallel.load();
+  if (threads == 1) {
+    team.join();
+  } else if (run) {
+    run(&Team::join, &team, static_cast<unsigned>(threads), 0);
+  } else {
+    run_in_own_threads(team);
+  }
+}
+
+namespace {
+
+// What the threads of one forward pass share.
 struct Region {
   const mate_kda_args& args;
   const Plan& plan;
   RunItem run;
   float* scratch;
-  std::atomic<int> arrived{0};
   std::atomic<int64_t> next{0};
 
-  void work() {
-    const int slot = arrived.fetch_add(1);
-    if (slot >= plan.threads()) return;  // more than were asked for: no scratch left
-    const FlushDenormals flush;
-    for (int64_t i; (i = next.fetch_add(1)) < plan.items();) {
-      run(args, plan.item(i), scratch + slot * plan.scratch_floats());
+  static void work(void* region, int slot) {
+    Region& self = *static_cast<Region*>(region);
+    for (int64_t i; (i = self.next.fetch_add(1)) < self.plan.items();) {
+      self.run(self.args, self.plan.item(i), self.scratch + slot * self.plan.scratch_floats());
     }
   }
-  static void work(void* region) { static_cast<Region*>(region)->work(); }
 };
-
-void run_in_own_threads(Region& region) {
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < region.plan.threads(); ++i) others.emplace_back([&] { region.work(); });
-  } catch (const std::exception&) {  // no more threads to be had: these do the work
-  }
-  region.work();
-  for (std::thread& thread : others) thread.join();
-}
 
 bool known_codes(const mate_kda_args& args) {
   for (const mate_tensor* x : {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.output,
@@ -145,14 +203,7 @@ int32_t forward(const mate_kda_args& args) {
   if (!scratch) return MATE_OUT_OF_MEMORY;
 
   Region region{args, plan, current_isa().run, scratch.get()};
-  const mate_parallel_fn run = parallel.load();
-  if (plan.threads() == 1) {
-    region.work();
-  } else if (run) {
-    run(&Region::work, &region, static_cast<unsigned>(plan.threads()), 0);
-  } else {
-    run_in_own_threads(region);
-  }
+  run_team(plan.threads(), &Region::work, &region);
   return MATE_OK;
 }
 

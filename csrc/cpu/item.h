@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "layer.h"
 #include "recurrent.h"
 
 namespace mate {

@@ -13,6 +13,7 @@ constexpr int kTile = 16;                    // tokens that the chunked kernel h
 constexpr int kBurst = 64;                   // tokens that the recurrent kernel prepares together
 constexpr int kMaxWidth = 16;                // floats in the widest vector
 constexpr int kTokenFloats = 4 * kDim + 16;  // what the recurrent kernel keeps of a token
+constexpr int kSpanFloats = 46 * 1024;       // what the AMX kernel keeps of 32 tokens
 constexpr int kMaxHeads = 8;                 // value heads of a work item
 constexpr int kColumnQuantum = 32;  // value channels: work items are cut at multiples of this
 
@@ -36,6 +37,9 @@ namespace avx2 {
 void run_item(const mate_kda_args& args, const WorkItem& item, float* scratch);
 }
 namespace avx512 {
+void run_item(const mate_kda_args& args, const WorkItem& item, float* scratch);
+}
+namespace amx {
 void run_item(const mate_kda_args& args, const WorkItem& item, float* scratch);
 }
 

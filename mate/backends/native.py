@@ -19,7 +19,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GATE_LOG_DECAY, GATE_BOUNDED, GATE_SOFTPLUS = 0, 1, 2
 AUTO, CHUNK, RECURRENT = 0, 1, 2
 L2NORM, BETA_SIGMOID, NEG_EIGVAL, STATE_V_FIRST = 1, 2, 4, 8
-_STATUS = {1: "out of memory", 2: "unsupported arguments"}
+STATUS = {1: "out of memory", 2: "unsupported arguments"}
 
 
 class CTensor(ctypes.Structure):
@@ -137,4 +137,4 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     )
     status = lib.mate_kda_forward(ctypes.byref(args))
     if status != 0:
-        raise RuntimeError(f"the native KDA kernel failed: {_STATUS.get(status, status)}")
+        raise RuntimeError(f"the native KDA kernel failed: {STATUS.get(status, status)}")

@@ -1,10 +1,19 @@
-"""The short causal convolution in front of q, k and v: depthwise, W taps, SiLU."""
+"""The short causal convolution in front of q, k and v: depthwise, W taps, SiLU.
 
-from typing import Any
+    mate::short_conv           on CPUs: the native kernel, or the same in PyTorch; differentiable
+    mate::short_conv_backward  gradients, in PyTorch
+
+Other devices take the PyTorch form below without an operator of their own, so that the compiler
+can fuse it.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mate.backends import native_layer
 
 
 def short_conv(
@@ -37,17 +46,13 @@ def short_conv(
     _check(x, weight, initial_state, cu_seqlens)
     width = weight.shape[1]
     if initial_state is not None:
-        initial_state = initial_state[..., -width:].to(x.dtype)
-        if cu_seqlens is None and x.shape[1] == 1:
-            return _one_token(x, weight, initial_state)
-    if cu_seqlens is not None:
-        return _documents(x, weight, initial_state, cu_seqlens, output_final_state)
-    if initial_state is None:
-        y, seen = _conv(x, weight), F.pad(x[:, -width:], (0, 0, max(width - x.shape[1], 0), 0))
-    else:
-        seen = torch.cat([initial_state.transpose(1, 2), x], dim=1)  # [B, W + T, C]
-        y = _conv(seen, weight)[:, width:]
-    return y, _as_state(seen[:, -width:]) if output_final_state else None
+        if initial_state.shape[2] != width:
+            initial_state = initial_state[..., -width:]
+        initial_state = initial_state.to(x.dtype)
+    if x.device.type != "cpu":
+        return in_pytorch(x, weight, initial_state, cu_seqlens, output_final_state)
+    y, final = torch.ops.mate.short_conv(x, weight, initial_state, cu_seqlens, output_final_state)
+    return y, final if output_final_state else None
 
 
 def _check(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu: Tensor | None) -> None:
@@ -71,37 +76,70 @@ def _as_state(rows: Tensor) -> Tensor:
     return rows.transpose(1, 2).contiguous()
 
 
+def in_pytorch(
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    width = weight.shape[1]
+    if initial_state is not None and cu_seqlens is None and x.shape[1] == 1:
+        return _one_token(x, weight, initial_state)
+    if cu_seqlens is not None:
+        return _documents(x, weight, initial_state, cu_seqlens, output_final_state)
+    if initial_state is None:
+        y, seen = _conv(x, weight), F.pad(x[:, -width:], (0, 0, max(width - x.shape[1], 0), 0))
+    else:
+        seen = torch.cat([initial_state.transpose(1, 2), x], dim=1)  # [B, W + T, C]
+        y = _conv(seen, weight)[:, width:]
+    return y, _as_state(seen[:, -width:]) if output_final_state else None
+
+
 def _one_token(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     window = torch.cat([state[..., 1:], x.transpose(1, 2)], dim=-1)
     y = F.silu((window.float() * weight.float()).sum(-1))
     return y.to(x.dtype)[:, None], window
 
 
-def _documents(
-    x: Tensor, weight: Tensor, state: Tensor | None, cu: Tensor, output_final_state: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Lay each document out behind its own W rows of past, convolve once, take the tokens back.
+class _Documents(NamedTuple):
+    """Each document behind its own W rows of past; all indices are rows of ``inputs``."""
 
-    Every index is computed on the device from cu_seqlens: the host reads nothing back.
-    """
-    (_, total, channels), width, count = x.shape, weight.shape[1], cu.shape[0] - 1
-    if count == 0:
-        return x.new_zeros(x.shape), x.new_zeros(0, channels, width) if output_final_state else None
+    inputs: Tensor  # [1, S + N * W, C]
+    tokens: Tensor  # [S]: where each token lies
+    past: Tensor  # [N * W]: the rows before each document
+    last: Tensor  # [N * W]: the last W rows of each
+
+
+def _lay_out(x: Tensor, width: int, state: Tensor | None, cu: Tensor) -> _Documents:
+    """Every index is computed on the device from cu_seqlens: the host reads nothing back."""
+    (_, total, channels), count = x.shape, cu.shape[0] - 1
     cu = cu.long().clamp(0, total)
     token = torch.arange(total, device=x.device)
     document = torch.searchsorted(cu[1:], token, right=True).clamp(max=count - 1)
-    rows = token + (document + 1) * width
+    tokens = token + (document + 1) * width
     past = torch.arange(count, device=x.device)[:, None] * width
     past = past + torch.arange(width, device=x.device)  # [N, W]
+    behind, last = (cu[:-1, None] + past).flatten(), (cu[1:, None] + past).flatten()
 
-    laid_out = x.new_zeros(total + count * width, channels).index_copy(0, rows, x[0])
+    inputs = x.new_zeros(total + count * width, channels).index_copy(0, tokens, x[0])
     if state is not None:
-        behind = (cu[:-1, None] + past).flatten()
-        laid_out = laid_out.index_copy(0, behind, state.transpose(1, 2).flatten(0, 1))
-    y = _conv(laid_out[None], weight, rows)
+        inputs = inputs.index_copy(0, behind, state.transpose(1, 2).flatten(0, 1))
+    return _Documents(inputs[None], tokens, behind, last)
+
+
+def _documents(
+    x: Tensor, weight: Tensor, state: Tensor | None, cu: Tensor, output_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Lay the documents out, convolve once, take the tokens back."""
+    (channels, width), count = weight.shape, cu.shape[0] - 1
+    if count == 0:
+        return x.new_zeros(x.shape), x.new_zeros(0, channels, width) if output_final_state else None
+    laid_out = _lay_out(x, width, state, cu)
+    y = _conv(laid_out.inputs, weight, laid_out.tokens)
     if not output_final_state:
         return y, None
-    last = laid_out.index_select(0, (cu[1:, None] + past).flatten())
+    last = laid_out.inputs[0].index_select(0, laid_out.last)
     return y, _as_state(last.view(count, width, channels))
 
 
@@ -138,19 +176,170 @@ class _CausalConvSiLU(torch.autograd.Function):
         grad = grad.float()
         if rows is not None:
             grad = grad.new_zeros(x.shape).index_copy(1, rows, grad)
-        x32, taps = x.float(), weight.float().t()
-        grad = torch.ops.aten.silu_backward(grad, _fir(x32, taps))
-        lags = range(min(taps.shape[0], x.shape[1]))
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad * taps[-1]
-            for lag in lags[1:]:
-                grad_x[:, :-lag].addcmul_(grad[:, lag:], taps[-1 - lag])
-            grad_x = grad_x.to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_taps = torch.zeros_like(taps)
-            for lag in lags:
-                product = grad[:, lag:] * x32[:, : x.shape[1] - lag]
-                grad_taps[-1 - lag] = product.sum((0, 1))
-            grad_weight = grad_taps.t().to(weight.dtype)
-        return grad_x, grad_weight, None
+        need_x, need_weight, _ = ctx.needs_input_grad
+        grad_x, grad_weight = _conv_backward(grad, x, weight, need_x, need_weight)
+        grad_x = None if grad_x is None else grad_x.to(x.dtype)
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """fp32 gradients of x [B, T, C] and weight from that of silu(fir(x)), in fp32."""
+    x32, taps = x.float(), weight.float().t()
+    grad = torch.ops.aten.silu_backward(grad, _fir(x32, taps))
+    lags = range(min(taps.shape[0], x.shape[1]))
+    grad_x = grad_weight = None
+    if need_x:
+        grad_x = grad * taps[-1]
+        for lag in lags[1:]:
+            grad_x[:, :-lag].addcmul_(grad[:, lag:], taps[-1 - lag])
+    if need_weight:
+        grad_taps = torch.zeros_like(taps)
+        for lag in lags:
+            product = grad[:, lag:] * x32[:, : x.shape[1] - lag]
+            grad_taps[-1 - lag] = product.sum((0, 1))
+        grad_weight = grad_taps.t()
+    return grad_x, grad_weight
+
+
+# ---- torch.library ------------------------------------------------------------------------------
+
+
+def _new_outputs(
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not output_final_state:
+        return y, x.new_empty(0)
+    count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return y, x.new_empty(count, *weight.shape)
+
+
+def _short_conv(
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    arguments = (x, weight, initial_state, cu_seqlens, output_final_state)
+    if weight.shape[1] > native_layer.MAX_CONV_WIDTH or not native_layer.serves(x, weight):
+        y, final = in_pytorch(*arguments)
+        return y.contiguous(), final if output_final_state and final is not None else x.new_empty(0)
+    y, final = _new_outputs(*arguments)
+    if cu_seqlens is not None:  # tokens of no document
+        y[:, : int(cu_seqlens[0])] = 0
+        y[:, max(int(cu_seqlens[-1]), 0) :] = 0
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    native_layer.short_conv(
+        x, weight, initial_state, cu_seqlens, y, final if output_final_state else None
+    )
+    return y, final
+
+
+def _short_conv_backward(
+    grad: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _backward_fake(grad, grad_final, x, weight, initial_state, cu_seqlens, need_weight)
+    width = weight.shape[1]
+    grad, last = grad.float(), grad_final.float().transpose(1, 2) if grad_final.numel() else None
+    documents = None
+    if cu_seqlens is None:
+        seen, behind = x, 0
+        if initial_state is not None:
+            seen, behind = torch.cat([initial_state.transpose(1, 2), x], dim=1), width
+            grad = F.pad(grad, (0, 0, behind, 0))
+    elif cu_seqlens.shape[0] == 1:
+        return results[0].zero_(), results[1].zero_(), results[2]
+    else:
+        documents = _lay_out(x, width, initial_state, cu_seqlens)
+        seen = documents.inputs
+        grad = grad.new_zeros(seen.shape).index_copy(1, documents.tokens, grad)
+    grad_seen, grad_weight = _conv_backward(grad, seen, weight, True, need_weight)
+    assert grad_seen is not None
+    if documents is not None:
+        if last is not None:
+            grad_seen.index_add_(1, documents.last, last.flatten(0, 1)[None])
+        grad_x = grad_seen.index_select(1, documents.tokens)
+        grad_past = grad_seen[0].index_select(0, documents.past).unflatten(0, (-1, width))
+    else:
+        if last is not None:
+            rows = min(width, seen.shape[1])
+            grad_seen[:, seen.shape[1] - rows :] += last[:, width - rows :]
+        grad_x, grad_past = grad_seen[:, behind:], grad_seen[:, :behind]
+    results[0].copy_(grad_x)
+    if need_weight and grad_weight is not None:
+        results[1].copy_(grad_weight)
+    if initial_state is not None:
+        results[2].copy_(grad_past.transpose(1, 2))
+    return results
+
+
+def _backward_fake(
+    grad: Tensor,
+    grad_final: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = torch.contiguous_format
+    return (
+        torch.empty_like(x, memory_format=form),
+        torch.empty_like(weight, memory_format=form) if need_weight else x.new_empty(0),
+        x.new_empty(0)
+        if initial_state is None
+        else torch.empty_like(initial_state, memory_format=form),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _autograd(ctx: Any, grad: Tensor, grad_final: Tensor) -> tuple[Any, ...]:
+    x, weight, state, cu_seqlens = ctx.saved_tensors
+    need_weight = ctx.needs_input_grad[1]
+    grad_x, grad_weight, grad_state = torch.ops.mate.short_conv_backward(
+        grad, grad_final, x, weight, state, cu_seqlens, need_weight
+    )
+    return (
+        grad_x,
+        grad_weight if need_weight else None,
+        None if state is None else grad_state,
+        None,
+        None,
+    )
+
+
+_library = torch.library.Library("mate", "FRAGMENT")
+_library.define(
+    "short_conv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, "
+    "bool output_final_state) -> (Tensor, Tensor)"
+)
+_library.define(
+    "short_conv_backward(Tensor grad, Tensor grad_final, Tensor x, Tensor weight, "
+    "Tensor? initial_state, Tensor? cu_seqlens, bool need_weight) -> (Tensor, Tensor, Tensor)"
+)
+for _name, _function, _fake in (
+    ("short_conv", _short_conv, _new_outputs),
+    ("short_conv_backward", _short_conv_backward, _backward_fake),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mate::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "mate::short_conv", _autograd, setup_context=_setup_context, lib=_library
+)

@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+from transformers.models.kimi_linear.modeling_kimi_linear import (
+    KimiLinearDeltaAttention,
+    KimiLinearRMSNormGated,
+)
 
 from mate.functional.short_conv import short_conv
 from mate.hf.patching import TransformersMixer
+from mate.layers.mixer import DecodeWeights, is_plain
 
 
 class MateKimiLinearDeltaAttention(TransformersMixer, KimiLinearDeltaAttention):
@@ -43,6 +47,14 @@ class MateKimiLinearDeltaAttention(TransformersMixer, KimiLinearDeltaAttention):
     def short_convs(self) -> Sequence[Callable[..., tuple[Tensor, Tensor | None]]]:
         weights = self.conv1d.weight.squeeze(1).chunk(3)
         return [partial(short_conv, weight=weight) for weight in weights]
+
+    def decode_weights(self) -> DecodeWeights | None:
+        weight, norm = self.conv1d.weight, self.o_norm
+        if not is_plain(norm, KimiLinearRMSNormGated):
+            return None
+        if not (weight.is_cpu and norm.weight.is_cpu):
+            return None
+        return DecodeWeights(weight.squeeze(1).chunk(3), norm.weight, norm.variance_epsilon)
 
     def decay_input(self, x: Tensor) -> Tensor:
         return self.forget_gate.f_b_proj(self.forget_gate.f_a_proj(x))

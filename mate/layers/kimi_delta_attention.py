@@ -11,7 +11,7 @@ from mate.functional.gated_norm import gated_rms_norm
 from mate.functional.short_conv import short_conv
 from mate.layers.cache import LinearCache
 from mate.layers.checkpoints import FP32_PARAMETERS, to_published
-from mate.layers.mixer import DeltaMixer
+from mate.layers.mixer import DecodeWeights, DeltaMixer, is_plain
 
 HEAD_DIM = 128
 INIT_STD = 0.02
@@ -210,6 +210,21 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
 
     def short_convs(self) -> Sequence[Callable[..., tuple[Tensor, Tensor | None]]]:
         return self.q_conv1d, self.k_conv1d, self.v_conv1d
+
+    def decode_weights(self) -> DecodeWeights | None:
+        modules: Any = self._modules  # nn.Module's attribute look-up takes longer
+        norm, convs = modules["o_norm"], []
+        for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
+            conv = modules[name]
+            if not is_plain(conv, ShortConvolution):
+                return None
+            weight = conv._parameters["weight"]
+            if not weight.is_cpu:
+                return None
+            convs.append(weight.squeeze(1))
+        if not is_plain(norm, GatedRMSNorm) or not norm.weight.is_cpu:
+            return None
+        return DecodeWeights(convs, norm.weight, norm.eps)
 
     def decay_input(self, x: Tensor) -> Tensor:
         return self.f_b_proj(self.f_a_proj(x))

@@ -6,16 +6,32 @@ through four small methods.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mate.functional import chunk_kda, recurrent_kda
+from mate.functional.decode_step import kda_decode_step
 from mate.layers.cache import LinearCache
 from mate.layers.documents import pack, trailing_mask
 
 MAX_RECURRENT_TOKENS = 16
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class DecodeWeights(NamedTuple):
+    """What a fused decode step reads of the small modules instead of calling them."""
+
+    convs: Sequence[Tensor]  # of q, k and v, [C, W]
+    norm: Tensor
+    norm_eps: float
+
+
+def is_plain(module: nn.Module, cls: type) -> bool:
+    """Whether calling the module is nothing but ``cls``'s forward: no hook, no wrapper."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is cls and not hooked
 
 
 class DeltaMixer:
@@ -47,6 +63,10 @@ class DeltaMixer:
     def output_gate(self, x: Tensor) -> Tensor:
         """[B, T, hidden] -> the output gate's logit [B, T, Hv * V]."""
         raise NotImplementedError
+
+    def decode_weights(self) -> DecodeWeights | None:
+        """For the fused decode step; None: the modules must be called one by one."""
+        return None
 
     def mix(
         self,
@@ -107,7 +127,18 @@ class DeltaMixer:
             conv_state = _append_zeros(conv_state, unowned)
             state = _append_zeros(state, unowned)
 
+        # A single token cut from a longer sequence keeps its strides, for which nn.Linear would
+        # copy its whole weight before every product.
+        x = x.reshape(-1).view(x.shape)
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        gate_input, beta, gate = self.decay_input(x), self.b_proj(x), self.output_gate(x)
+        one_token = cu_seqlens is None and not unowned and x.shape[1] == 1
+        if one_token and cache is not None and conv_state is not None and state is not None:
+            rows = (*streams, gate_input, beta, gate)
+            decoded = self._decode(rows, conv_state, state, getattr(cache, "state_v_first", False))
+            if decoded is not None:
+                self._write_decoded(cache, conv_state, state)
+                return self.o_proj(decoded)
         streams, conv_state = self._convolve(streams, conv_state, cu_seqlens, cache is not None)
         q, k, v = (stream.unflatten(-1, (-1, self.head_dim)) for stream in streams)
         A_log, dt_bias = self.decay_parameters()
@@ -126,16 +157,55 @@ class DeltaMixer:
             options["final_state"] = state  # in place: the cache's own memory, or a copy of it
         few = state is not None and x.shape[0] * x.shape[1] <= MAX_RECURRENT_TOKENS * documents
         kda = recurrent_kda if few else chunk_kda
-        g = self.decay_input(x).unflatten(-1, (-1, self.head_dim))
-        result = kda(q, k, v, g, self.b_proj(x), **options)
+        g = gate_input.unflatten(-1, (-1, self.head_dim))
+        result = kda(q, k, v, g, beta, **options)
 
         if cache is not None:
             o, state = result
             self._write(cache, conv_state, state, documents - unowned)
         else:
             o = result
-        gate = self.output_gate(x).unflatten(-1, (-1, self.head_dim))
+        gate = gate.unflatten(-1, (-1, self.head_dim))
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
+
+    def _decode(
+        self, rows: tuple[Tensor, ...], conv_state: Tensor, state: Tensor, state_v_first: bool
+    ) -> Tensor | None:
+        """One token a document in one call; None where that call does not serve.
+
+        rows: q, k, v, gate input, beta, output gate. Both states are updated in place.
+        """
+        x = rows[0]
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in FUSED_DTYPES:
+            return None
+        weights = self.decode_weights()
+        if weights is None or not (conv_state.is_contiguous() and state.is_contiguous()):
+            return None
+        if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[1]:
+            return None
+        q, k, v, g, beta, gate = rows
+        q_weight, k_weight, v_weight = weights.convs
+        A_log, dt_bias = self.decay_parameters()
+        return kda_decode_step(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            gate,
+            conv_state,
+            state,
+            q_weight,
+            k_weight,
+            v_weight,
+            A_log,
+            dt_bias,
+            weights.norm,
+            norm_eps=weights.norm_eps,
+            lower_bound=self.lower_bound,
+            allow_neg_eigval=self.allow_neg_eigval,
+            state_v_first=state_v_first,
+        )
 
     def _convolve(
         self,
@@ -186,7 +256,7 @@ class DeltaMixer:
             )
         if torch.is_grad_enabled() or _is_frozen(state):
             # A cache that writes in place would overwrite what the backward pass needs.
-            state = state.clone()
+            state, conv_state = state.clone(), conv_state.clone()
         return conv_state, state
 
     def _write(
@@ -196,6 +266,12 @@ class DeltaMixer:
         width = conv_state.shape[-1]
         cache.update_conv_state(conv_state[:documents], self.layer_idx, conv_kernel_size=width)
         cache.update_recurrent_state(state[:documents], self.layer_idx)
+
+    def _write_decoded(self, cache: LinearCache, conv_state: Tensor, state: Tensor) -> None:
+        """The states were updated in place: news only to a cache that does not hold these."""
+        assert self.layer_idx is not None
+        if cache.get_conv_state(self.layer_idx) is not conv_state:
+            self._write(cache, conv_state, state, state.shape[0])
 
 
 def _is_frozen(state: Tensor) -> bool:

@@ -1,0 +1,227 @@
+"""One token through everything between a KDA layer's projections, in one call.
+
+mate::kda_decode_step  on CPUs: the native kernel, or the same step by step
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mate import backends
+from mate.backends import native, native_layer
+from mate.backends.call import KdaCall
+from mate.functional import gated_norm, short_conv
+
+HEAD_DIM = 128
+
+
+def kda_decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    output_gate: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    *,
+    norm_eps: float = 1e-5,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = True,
+) -> Tensor:
+    """Short convolutions, SiLU, l2 norm, gate, recurrence and gated norm of one token a document.
+
+    What :func:`mate.functional.short_conv.short_conv`, :func:`mate.recurrent_kda` and
+    :func:`mate.functional.gated_norm.gated_rms_norm` compute one after another, on CPUs and
+    without gradients; nothing in between is rounded to 16 bits. Both states are updated in place.
+
+    Args:
+        q: Projection of the hidden state before its convolution, [B, Hqk * 128] or
+            [B, 1, Hqk * 128]. fp16, bf16 or fp32.
+        k: q's shape and dtype.
+        v: [B, Hv * 128] (or with the 1), q's dtype; Hv is a multiple of Hqk.
+        g: The gate's input, v's shape; q's dtype or fp32, as for beta and output_gate.
+        beta: Logits of the writing strength, [B, Hv].
+        output_gate: Logits of the output gate, v's shape.
+        conv_state: [B, (2 * Hqk + Hv) * 128, W], contiguous, q's dtype: the windows of q, k and v.
+        state: [B, Hv, V, K] contiguous; fp32, fp16 or bf16.
+        q_weight: [Hqk * 128, W], any float dtype; k_weight alike, v_weight [Hv * 128, W].
+        k_weight: See q_weight.
+        v_weight: See q_weight.
+        A_log: [Hv], any float dtype.
+        dt_bias: [Hv * 128].
+        norm_weight: [128].
+        norm_eps: Epsilon of the gated norm.
+        lower_bound: The bounded gate's smallest log-decay, or None for the softplus gate.
+        allow_neg_eigval: b = 2 * sigmoid(beta).
+        state_v_first: False: state is [B, Hv, K, V].
+
+    Returns:
+        v's shape and dtype, ready for the output projection.
+
+    Raises:
+        ValueError: a shape, device or memory layout does not fit. Nothing has been written.
+        TypeError: a dtype does not. Nothing has been written.
+    """
+    tensors = (
+        q, k, v, g, beta, output_gate, conv_state, state,
+        q_weight, k_weight, v_weight, A_log, dt_bias, norm_weight,
+    )  # fmt: skip
+    _check(*tensors)
+    options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first)
+    return torch.ops.mate.kda_decode_step(*tensors, *options)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    output_gate: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+) -> None:
+    batch, keys, values, width = q.shape[0], q.shape[-1], v.shape[-1], q_weight.shape[-1]
+    middle = tuple(v.shape[1:-1])
+    rows, heads = (batch, *middle), values // HEAD_DIM
+    if middle not in ((), (1,)) or keys % HEAD_DIM or not keys or values % keys:
+        raise ValueError(
+            "q and v must be [B, Hqk * 128] and [B, Hv * 128], Hv a multiple of Hqk, got shapes "
+            f"{tuple(q.shape)} and {tuple(v.shape)}"
+        )
+    for name, x, shape in (
+        ("q", q, (*rows, keys)),
+        ("k", k, (*rows, keys)),
+        ("v", v, (*rows, values)),
+        ("g", g, (*rows, values)),
+        ("beta", beta, (*rows, heads)),
+        ("output_gate", output_gate, (*rows, values)),
+        ("conv_state", conv_state, (batch, 2 * keys + values, width)),
+        ("state", state, (batch, heads, HEAD_DIM, HEAD_DIM)),
+        ("q_weight", q_weight, (keys, width)),
+        ("k_weight", k_weight, (keys, width)),
+        ("v_weight", v_weight, (values, width)),
+        ("A_log", A_log, (heads,)),
+        ("dt_bias", dt_bias, (values,)),
+        ("norm_weight", norm_weight, (HEAD_DIM,)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(x.shape)}")
+        if not x.is_cpu:
+            raise ValueError(f"{name} must be on a CPU, got {x.device}")
+    for name, x in (("conv_state", conv_state), ("state", state)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+    if q.dtype not in native.DTYPE_CODES:
+        raise TypeError(f"q must be fp16, bf16 or fp32, got {q.dtype}")
+    for name, x in (("k", k), ("v", v), ("conv_state", conv_state)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+
+
+def _kda_decode_step(*args: Any) -> Tensor:
+    *tensors, norm_eps, lower_bound, allow_neg_eigval, state_v_first = args
+    v, weights = tensors[2], (*tensors[8:11], tensors[13])
+    A_log, dt_bias = (x.float().contiguous() for x in tensors[11:13])
+    output = torch.empty_like(v, memory_format=torch.contiguous_format)
+    width = weights[0].shape[-1]
+    if width > native_layer.MAX_CONV_WIDTH or not native_layer.serves(*tensors[:11], tensors[13]):
+        return output.copy_(_step_by_step(*args))
+    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:6])
+    native_layer.decode_step(
+        (*rows, output, tensors[6]),
+        tuple(x.contiguous() for x in weights),
+        tensors[7],
+        A_log,
+        dt_bias,
+        (tensors[0].shape[-1] // HEAD_DIM, v.shape[-1] // HEAD_DIM),
+        width,
+        norm_eps,
+        lower_bound,
+        native.NEG_EIGVAL * allow_neg_eigval | native.STATE_V_FIRST * state_v_first,
+    )
+    return output
+
+
+def _step_by_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    output_gate: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    lower_bound: float | None,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+) -> Tensor:
+    batch, shape = v.shape[0], v.shape
+    streams: list[Tensor] = []
+    windows = conv_state.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=1)
+    for x, weight, window in zip((q, k, v), (q_weight, k_weight, v_weight), windows, strict=True):
+        y, final = short_conv.in_pytorch(x.view(batch, 1, -1), weight, window, None, True)
+        assert final is not None
+        window.copy_(final)
+        streams.append(y.unflatten(-1, (-1, HEAD_DIM)))
+    q, k, v = streams
+    call = KdaCall(
+        q,
+        k,
+        v,
+        g=g.reshape(v.shape),
+        beta=beta.reshape(batch, 1, -1),
+        scale=HEAD_DIM**-0.5,
+        initial_state=state,
+        cu_seqlens=None,
+        cu_seqlens_cpu=None,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        l2norm=True,
+        beta_sigmoid=True,
+        neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        recurrent=True,
+    )
+    o = torch.empty_like(v)
+    backends.forward(call, o, state)
+    gate = output_gate.reshape(o.shape)
+    return gated_norm.in_pytorch(o, gate, norm_weight, norm_eps).reshape(shape)
+
+
+def _fake(*args: Any) -> Tensor:
+    return torch.empty_like(args[2], memory_format=torch.contiguous_format)
+
+
+_library = torch.library.Library("mate", "FRAGMENT")
+_library.define(
+    "kda_decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, "
+    "Tensor(a!) conv_state, Tensor(b!) state, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+    "Tensor A_log, Tensor dt_bias, Tensor norm_weight, float norm_eps, float? lower_bound, "
+    "bool allow_neg_eigval, bool state_v_first) -> Tensor"
+)
+_library.impl("kda_decode_step", _kda_decode_step, "CompositeExplicitAutograd")
+torch.library.register_fake("mate::kda_decode_step", _fake, lib=_library)
