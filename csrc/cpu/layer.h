@@ -276,45 +276,6 @@ static void advance_qk(const mate_decode_args& args, int64_t batch, int64_t head
   advance_head(args.width, k_conv(args, batch, head_qk));
 }
 
-constexpr int kRowVectors = kWidth == 16 ? 8 : 4;  // as many sums as the registers hold twice
-
-// One token on a state [K, V] in fp32, which recurrent.h would have to transpose: a pass for the
-// products of the decayed state with k and q, and one that decays and updates it.
-static void step_key_first(const mate_kda_args& args, const WorkItem& item) {
-  Token token;
-  load_tokens(args, item, head_gate(args, item.head_begin), 0, 1, item.head_begin, &token);
-  const float* v = static_cast<const float*>(args.v.data);
-  float* output = static_cast<float*>(args.output.data);
-  for (int column = 0; column < kDim; column += kRowVectors * kWidth) {
-    const Block state = state_block(args, args.final_state, item.sequence, item.head_begin, column);
-    Vec with_k[kRowVectors] = {}, with_q[kRowVectors] = {};
-    for (int c = 0; c < kDim; ++c) {
-      const float* s = static_cast<const float*>(at(state, c, 0));
-      MATE_UNROLL
-      for (int i = 0; i < kRowVectors; ++i) {
-        Vec x = load(s + i * kWidth);
-        x = x * token.whole[c] + x * token.part[c];
-        with_k[i] += x * token.k[c];
-        with_q[i] += x * token.q[c];
-      }
-    }
-    Vec delta[kRowVectors];
-    MATE_UNROLL
-    for (int i = 0; i < kRowVectors; ++i) {
-      delta[i] = (load(v + column + i * kWidth) - with_k[i]) * token.beta;
-      store(output + column + i * kWidth, with_q[i] + delta[i] * token.q_dot_k);
-    }
-    for (int c = 0; c < kDim; ++c) {
-      float* s = static_cast<float*>(at(state, c, 0));
-      MATE_UNROLL
-      for (int i = 0; i < kRowVectors; ++i) {
-        const Vec x = load(s + i * kWidth);
-        store(s + i * kWidth, x * token.whole[c] + x * token.part[c] + delta[i] * token.k[c]);
-      }
-    }
-  }
-}
-
 // The recurrence is recurrent.h's, on one head's q, k, v and output in local memory.
 static void run_decode(const mate_decode_args& args, int64_t batch, int64_t head) {
   const int64_t head_qk = head / (args.heads_v / args.heads_qk);
@@ -341,11 +302,7 @@ static void run_decode(const mate_decode_args& args, int64_t batch, int64_t head
   step.gate = args.gate;
   step.flags = args.flags;
   const WorkItem item = {batch, batch, 0, 1, head, head + 1, 0, kDim, true};
-  if (!(args.flags & MATE_STATE_V_FIRST) && args.state.dtype == MATE_FLOAT32) {
-    step_key_first(step, item);
-  } else {
-    run_recurrent(step, item, scratch);
-  }
+  run_recurrent(step, item, scratch);
 
   const int64_t channel = head * kDim;
   const NormRow r = {output,

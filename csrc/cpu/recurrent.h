@@ -3,6 +3,9 @@
 // kWidth value rows [V, K] at a time stay in the first cache for a burst of tokens. Each token
 // costs one pass over them: the previous token's update, its own decay, and the products with k and
 // q. The output then needs no second pass: q (S + k delta) = q S + (q k) delta.
+//
+// States [K, V] are transposed on the way in and out, except for a single token in fp32 (the decode
+// step of transformers' caches), where two passes over the state as it lies are cheaper.
 #pragma once
 
 #include "rows.h"
@@ -104,12 +107,73 @@ static void run_rows(const mate_kda_args& args, const WorkItem& item, const Toke
   }
 }
 
+// One token on kVectors vectors of value channels of a state [K, V] in fp32: a pass for the products of the
+// decayed state with k and q, and one that decays and updates it, while it is in the first cache.
+template <int kVectors>
+MATE_INLINE void step_columns(const mate_kda_args& args, const WorkItem& item, const Token& token,
+                              const float* read_k, const float* read_q, int64_t head, int column) {
+  const Block from = state_block(args, args.initial_state, item.sequence, head, column);
+  const Block to = state_block(args, args.final_state, item.sequence, head, column);
+  Vec with_k[kVectors] = {}, with_q[kVectors] = {};
+  for (int c = 0; c < kDim; ++c) {
+    const float* s = static_cast<const float*>(at(from, c, 0));
+    MATE_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec x = load(s + i * kWidth);
+      with_k[i] += x * read_k[c];
+      with_q[i] += x * read_q[c];
+    }
+  }
+  const char* v = row(args.v, item.batch, item.begin, head);
+  char* output = row(args.output, item.batch, item.begin, head);
+  Vec delta[kVectors];
+  MATE_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const int at_column = column + i * kWidth;
+    delta[i] = (load_as(args.v.dtype, v, at_column) - with_k[i]) * token.beta;
+    store_as(args.output.dtype, output, at_column, with_q[i] + delta[i] * token.q_dot_k);
+  }
+  for (int c = 0; c < kDim; ++c) {
+    const float* s = static_cast<const float*>(at(from, c, 0));
+    float* t = static_cast<float*>(at(to, c, 0));
+    MATE_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec x = load(s + i * kWidth);
+      store(t + i * kWidth, x * token.whole[c] + (x * token.part[c] + delta[i] * token.k[c]));
+    }
+  }
+}
+
+static void step_key_first(const mate_kda_args& args, const WorkItem& item, Token* token) {
+  constexpr int kSome = 32 / kWidth, kMany = kWidth == 16 ? 4 : kSome;
+  for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+    load_tokens(args, item, head_gate(args, head), item.begin, 1, head, token);
+    alignas(64) float read_k[kDim], read_q[kDim];  // the decay moved from the state to k and q
+    for (int c = 0; c < kDim; c += kWidth) {
+      const Vec factor = load(token->whole + c) + load(token->part + c);
+      store(read_k + c, load(token->k + c) * factor);
+      store(read_q + c, load(token->q + c) * factor);
+    }
+    int column = item.column_begin;
+    for (; column + kMany * kWidth <= item.column_end; column += kMany * kWidth) {
+      step_columns<kMany>(args, item, *token, read_k, read_q, head, column);
+    }
+    for (; column < item.column_end; column += kSome * kWidth) {
+      step_columns<kSome>(args, item, *token, read_k, read_q, head, column);
+    }
+  }
+}
+
 // At least one token. Scratch: the tokens of a burst, then rows of the state.
 static void run_recurrent(const mate_kda_args& args, const WorkItem& item, float* scratch) {
   Token* tokens = reinterpret_cast<Token*>(scratch);
   const mate_tensor &initial = args.initial_state, &final = args.final_state;
   const bool v_first = args.flags & MATE_STATE_V_FIRST;
   const int64_t length = item.end - item.begin;
+  if (length == 1 && !v_first && initial.data && initial.dtype == MATE_FLOAT32 && final.data &&
+      final.dtype == MATE_FLOAT32) {
+    return step_key_first(args, item, tokens);
+  }
   const int64_t burst = length < kBurst ? length : kBurst;
   float* buffer = reinterpret_cast<float*>(tokens + burst);
   // One burst: its tokens are prepared once and rows stream through. More: all rows stay in

@@ -6,7 +6,8 @@ The structures mirror ``csrc/include/mate/kda.h``; ``mate_abi_version`` guards t
 import ctypes
 import functools
 import os
-from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
+import struct
+from ctypes import c_char_p, c_void_p
 from pathlib import Path
 
 import torch
@@ -22,21 +23,11 @@ L2NORM, BETA_SIGMOID, NEG_EIGVAL, STATE_V_FIRST = 1, 2, 4, 8
 STATUS = {1: "out of memory", 2: "unsupported arguments"}
 
 
-class CTensor(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_int64 * 3), ("dtype", c_int32)]
-
-
-class KdaArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, CTensor) for name in ("q", "k", "v", "g", "beta", "output")),
-        *((name, CTensor) for name in ("initial_state", "final_state")),
-        *((name, c_void_p) for name in ("A_log", "dt_bias", "cu_seqlens")),
-        *((name, c_int64) for name in ("num_seqs", "seq_len", "total_tokens")),
-        *((name, c_int64) for name in ("heads_qk", "heads_v")),
-        *((name, c_float) for name in ("scale", "lower_bound")),
-        *((name, c_int32) for name in ("cu_seqlens_is_64bit", "gate", "flags", "algorithm")),
-        ("threads", c_int32),
-    ]
+# Structures are packed in one go: ctypes would take longer to fill them field by field than a
+# decode step of a small layer takes.
+TENSOR = "P3qi4x"  # mate_tensor
+_KDA = struct.Struct("@" + 8 * TENSOR + "3P5q2f5i")  # mate_kda_args
+_NO_TENSOR = (0, 0, 0, 0, 0)
 
 
 def library_path() -> Path:
@@ -58,7 +49,7 @@ def library() -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} could not be loaded: {error}"
-    lib.mate_kda_forward.argtypes = [ctypes.POINTER(KdaArgs)]
+    lib.mate_kda_forward.argtypes = [c_char_p]
     lib.mate_cpu_isa.restype = c_char_p
     lib.mate_cpu_use_isa.argtypes = [c_char_p]
     if lib.mate_abi_version() != ABI_VERSION:
@@ -89,15 +80,19 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return lib if isinstance(lib, str) else None
 
 
-def _tensor(x: Tensor | None) -> CTensor:
-    """Strides of the three outer dimensions; a missing last one (beta) counts single elements."""
+def tensor_fields(x: Tensor | None) -> tuple[int, ...]:
+    """A ``mate_tensor``: strides of the three outer dimensions; missing ones are 0.
+
+    beta, one dimension short, counts single elements in the third.
+    """
     if x is None:
-        return CTensor()
-    return CTensor(x.data_ptr(), (c_int64 * 3)(*x.stride()[:3]), DTYPE_CODES[x.dtype])
+        return _NO_TENSOR
+    stride = x.stride()[:3]
+    return x.data_ptr(), *stride, *(0,) * (3 - len(stride)), DTYPE_CODES[x.dtype]
 
 
 def _fp32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
+    return None if x is None else x.float().contiguous()
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -115,26 +110,24 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     if A_log is not None:
         gate = GATE_SOFTPLUS if call.lower_bound is None else GATE_BOUNDED
     tokens = call.v.shape[1]
-    args = KdaArgs(
-        *(_tensor(x) for x in (call.q, call.k, call.v, call.g, call.beta, output)),
-        *(_tensor(x) for x in (call.initial_state, final_state)),
-        *(None if x is None else x.data_ptr() for x in (A_log, dt_bias, cu_seqlens)),
-        call.num_seqs,
-        tokens,
-        tokens,
-        call.q.shape[2],
-        call.v.shape[2],
-        call.scale,
-        call.lower_bound or 0.0,
-        int(cu_seqlens is not None and cu_seqlens.dtype == torch.int64),
-        gate,
-        L2NORM * call.l2norm
-        | BETA_SIGMOID * call.beta_sigmoid
-        | NEG_EIGVAL * call.neg_eigval
-        | STATE_V_FIRST * call.state_v_first,
-        RECURRENT if call.recurrent else AUTO,
-        torch.get_num_threads(),
-    )
-    status = lib.mate_kda_forward(ctypes.byref(args))
+    fields: list[float] = []
+    for x in (call.q, call.k, call.v, call.g, call.beta, output, call.initial_state, final_state):
+        fields += tensor_fields(x)
+    status = lib.mate_kda_forward(
+        _KDA.pack(
+            *fields,
+            *(0 if x is None else x.data_ptr() for x in (A_log, dt_bias, cu_seqlens)),
+            call.num_seqs, tokens, tokens, call.q.shape[2], call.v.shape[2],
+            call.scale, call.lower_bound or 0.0,
+            cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+            gate,
+            L2NORM * call.l2norm
+            | BETA_SIGMOID * call.beta_sigmoid
+            | NEG_EIGVAL * call.neg_eigval
+            | STATE_V_FIRST * call.state_v_first,
+            RECURRENT if call.recurrent else AUTO,
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
     if status != 0:
         raise RuntimeError(f"the native KDA kernel failed: {STATUS.get(status, status)}")
