@@ -107,8 +107,9 @@ static void run_rows(const mate_kda_args& args, const WorkItem& item, const Toke
   }
 }
 
-// One token on kVectors vectors of value channels of a state [K, V] in fp32: a pass for the products of the
-// decayed state with k and q, and one that decays and updates it, while it is in the first cache.
+// One token on kVectors vectors of value channels of a state [K, V] in fp32: a pass for the
+// products of the decayed state with k and q, and one that decays and updates it, while it is in
+// the first cache.
 template <int kVectors>
 MATE_INLINE void step_columns(const mate_kda_args& args, const WorkItem& item, const Token& token,
                               const float* read_k, const float* read_q, int64_t head, int column) {

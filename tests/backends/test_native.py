@@ -5,6 +5,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import pytest
@@ -27,6 +28,25 @@ STATE = 2e-6
 # 4e-3, and up to 2.5e-2 with correlated keys
 AMX = (4e-3, 2.7e-3)
 AMX_CORRELATED = {0.75: (5e-3, 4e-3), 0.9: (5.5e-3, 4e-3), 0.99: (7e-3, 7e-3)}  # 4096 tokens
+
+
+class CTensor(ctypes.Structure):
+    """``mate_tensor`` and ``mate_kda_args`` by name, as ctypes lays them out."""
+
+    _fields_ = [("data", c_void_p), ("stride", c_int64 * 3), ("dtype", c_int32)]
+
+
+class KdaArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, CTensor) for name in ("q", "k", "v", "g", "beta", "output")),
+        *((name, CTensor) for name in ("initial_state", "final_state")),
+        *((name, c_void_p) for name in ("A_log", "dt_bias", "cu_seqlens")),
+        *((name, c_int64) for name in ("num_seqs", "seq_len", "total_tokens")),
+        *((name, c_int64) for name in ("heads_qk", "heads_v")),
+        *((name, c_float) for name in ("scale", "lower_bound")),
+        *((name, c_int32) for name in ("cu_seqlens_is_64bit", "gate", "flags", "algorithm")),
+        ("threads", c_int32),
+    ]
 
 
 def library() -> ctypes.CDLL:
@@ -62,7 +82,7 @@ def guarded(x: Tensor, fill: float = math.nan) -> tuple[Tensor, Tensor]:
 
 def arguments(
     tensors: dict[str, Tensor], output: Tensor, final: Tensor | None, **options: Any
-) -> tuple[native.KdaArgs, list[Any]]:
+) -> tuple[KdaArgs, list[Any]]:
     """The C structure, and what must live as long as it does."""
     t = dict(tensors)
     cu = t.get("cu_seqlens")
@@ -74,13 +94,13 @@ def arguments(
     flags |= native.BETA_SIGMOID * options.get("use_beta_sigmoid_in_kernel", True)
     flags |= native.NEG_EIGVAL * options.get("allow_neg_eigval", False)
     flags |= native.STATE_V_FIRST * options.get("state_v_first", True)
-    args = native.KdaArgs()
+    args = KdaArgs()
     states = {"initial_state": t.get("initial_state"), "final_state": final, "output": output}
     for name in ("q", "k", "v", "g", "beta", *states):
         x = states.get(name, t.get(name))
         if x is not None:
-            strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
-            setattr(args, name, native.CTensor(x.data_ptr(), strides, native.DTYPE_CODES[x.dtype]))
+            strides = (c_int64 * 3)(*x.stride()[:3])
+            setattr(args, name, CTensor(x.data_ptr(), strides, native.DTYPE_CODES[x.dtype]))
     for name in ("A_log", "dt_bias", "cu_seqlens"):
         setattr(args, name, t[name].data_ptr() if name in t else None)
     args.num_seqs = t["v"].shape[0] if cu is None else len(cu) - 1
@@ -106,7 +126,7 @@ def run(case: Case, algorithm: int = native.AUTO, **options: Any) -> tuple[Tenso
     final, final_buffer = guarded(new_state, SENTINEL)
     options = {**case.options, **options}
     args, keep = arguments(t, output, final, algorithm=algorithm, **options)
-    assert library().mate_kda_forward(ctypes.byref(args)) == 0
+    assert library().mate_kda_forward(bytes(args)) == 0
     del keep
     for buffer in (output_buffer, final_buffer):
         bands = torch.cat([buffer[:GUARD], buffer[-GUARD:]])
@@ -302,7 +322,7 @@ def test_state_in_place(state_v_first: bool, isa: str, algorithm: int) -> None:
         args, keep = arguments(
             case.tensors, output, both, algorithm=algorithm, threads=threads, **case.options
         )
-        assert library().mate_kda_forward(ctypes.byref(args)) == 0
+        assert library().mate_kda_forward(bytes(args)) == 0
         check((output, both), expected)
         del keep
 
@@ -322,7 +342,7 @@ def test_strided_views(isa: str, algorithm: int) -> None:
     args, keep = arguments(
         {**case.tensors, **t, "initial_state": initial}, output, final, algorithm=algorithm
     )
-    assert library().mate_kda_forward(ctypes.byref(args)) == 0
+    assert library().mate_kda_forward(bytes(args)) == 0
     check((output, final), expected)
     assert (outputs[..., :30] == SENTINEL).all() and (outputs[..., 158:] == SENTINEL).all()
     assert (states[..., 128:150] == SENTINEL).all() and (states[..., 278:] == SENTINEL).all()
@@ -333,7 +353,7 @@ def test_final_state_is_optional(isa: str, algorithm: int) -> None:
     case = draw(T=40)
     output = torch.full_like(case.tensors["v"], math.nan)
     args, keep = arguments(case.tensors, output, None, algorithm=algorithm)
-    assert library().mate_kda_forward(ctypes.byref(args)) == 0
+    assert library().mate_kda_forward(bytes(args)) == 0
     assert rel_rms(output, case.reference()[0]) <= OUTPUT[torch.float32]
     del keep
 
@@ -555,6 +575,6 @@ def test_unknown_arguments_are_refused(change: dict[str, Any]) -> None:
     args, keep = arguments(case.tensors, output, None)
     for name, value in change.items():
         setattr(args, name, value)
-    assert library().mate_kda_forward(ctypes.byref(args)) == UNSUPPORTED
+    assert library().mate_kda_forward(bytes(args)) == UNSUPPORTED
     assert (output == SENTINEL).all()
     del keep
