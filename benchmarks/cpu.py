@@ -8,45 +8,51 @@ one is wrong. Paths that are compared run in turns in one process (benchmarks/ti
 """
 
 import argparse
-import os
-import platform
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import layers
 import torch
-import transformers
-from paths import FUSED, STRICT, THEIRS, decode_paths, draw, prefill_path, prefill_paths
+from paths import (
+    FUSED,
+    ISAS,
+    STRICT,
+    THEIRS,
+    TOKENWISE,
+    D,
+    decode_paths,
+    draw,
+    on,
+    on_threads,
+    prefill_path,
+    prefill_paths,
+)
+from report import machine, plot, shown, table
 from timing import Timing, interleaved, peak_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-import mate
-from mate.backends import native
 from mate.functional.reference import kda_reference
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GATES, REGIMES = ("bounded", "softplus"), ("forgetting", "remembering")
 # relative RMS errors of output and state that the operator promises
 BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 4e-3)}
-FLAGS = {
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
-    *("asimd", "asimdhp", "bf16", "sve", "sve2"),
-}
+# Floating-point operations a token and value head: three products with the state, and about a
+# tenth of that inside a tile (docs/algorithm.md).
+FLOP = 3 * 2 * D * D + 10_000
 EXPLANATION = f"""\
 - **{THEIRS}**: `chunk_kimi_delta_attention` and `recurrent_kimi_delta_attention` of
   `transformers.models.kimi_linear`. They take the log-decay and the sigmoid of beta ready made.
 - **{STRICT}**: mate given exactly those tensors. The strict comparison.
-- **{FUSED}**: mate given what a layer has, the gate's input and beta's logit; the
-  gate and the sigmoid, which the other two leave out, are inside the figure.
+- **mate, ...** with an instruction set: given what a layer has, the gate's input and beta's logit;
+  the gate and the sigmoid, which transformers leaves out, are inside the figure.
+- **{TOKENWISE}**: mate's recurrence one token after another, which reads inputs once and keeps
+  the state in cache: what the chunked form has to beat.
 - *remembering*: gates as a freshly initialised layer has them, memory over thousands of tokens;
   *forgetting*: gates drawn as kernel benchmarks do, each token forgets a factor of e^2.5 or more.
 - Times are medians (fastest to slowest in brackets) of paths taking turns in one process; 128
@@ -74,7 +80,7 @@ def verify(tokens: int, progress: tqdm) -> tuple[str, bool]:
                     case = draw(count, 2, dtype, gate, regime)
                     strict, fused = (kda_reference(**x) for x in (case.strict(), case.fused()))
                     for name, path in paths(case).items():
-                        truth = fused if name == FUSED else strict
+                        truth = strict if name in (THEIRS, STRICT) else fused
                         pair = [relative_error(*x) for x in zip(path(), truth, strict=True)]
                         errors[kind, name, label].append(pair)
                     progress.update()
@@ -89,19 +95,39 @@ def verify(tokens: int, progress: tqdm) -> tuple[str, bool]:
 # ---------------------------------------------------------------- the measurements
 
 
+def compare(label: str, times: dict[str, Timing], unit: float, base: str) -> list[tuple[str, ...]]:
+    first = times[base].median
+    return [(label, name, shown(t, unit), f"{first / t.median:,.1f}") for name, t in times.items()]
+
+
 def measure_prefill(tokens: int, heads: int, rounds: int, progress: tqdm) -> str:
+    """With what the machine can do: a matrix product of a fitting size, and a copy."""
     rows = []
+    flop = FLOP * tokens * heads
     for label, dtype in DTYPES.items():
-        paths = prefill_paths(draw(tokens, heads, dtype))
-        rows += compare(label, interleaved(paths, rounds, progress), 1e3)
-    return table(("dtype", "path", "ms", "times faster"), rows)
+        case = draw(tokens, heads, dtype)
+        left, right = torch.randn(2, 1024, 1024, dtype=dtype)
+        moved = [torch.randn(1, tokens, heads, D, dtype=dtype) for _ in range(2 * 5)]
+        limits = {
+            "matrix product": lambda a=left, b=right: a @ b,
+            "copy": lambda x=moved: [a.copy_(b) for a, b in zip(x[::2], x[1::2], strict=True)],
+        }
+        times = interleaved(prefill_paths(case) | limits, rounds, progress)
+        product, copy = (times.pop(name).median for name in limits)
+        peak = 2 * 1024**3 / product
+        for _, name, *cells in compare(label, times, 1e3, THEIRS):
+            seconds = times[name].median
+            shares = f"{flop / seconds / peak:.1%}", f"{copy / 2 / seconds:.1%}"
+            rows.append((label, name, *cells, *shares))
+    header = ("dtype", "path", "ms", "times faster", "of product limit", "of copy limit")
+    return table(header, rows)
 
 
 def measure_decode(heads: int, rounds: int, progress: tqdm) -> str:
     rows = []
     for label, dtype in DTYPES.items():
         paths = decode_paths(draw(1, heads, dtype))
-        rows += compare(label, interleaved(paths, rounds, progress), 1e6)
+        rows += compare(label, interleaved(paths, rounds, progress), 1e6, THEIRS)
     return table(("dtype", "path", "us", "times faster"), rows)
 
 
@@ -122,10 +148,54 @@ def measure_gates(tokens: int, heads: int, rounds: int, progress: tqdm) -> str:
     return table(("gate", "regime", *(f"{label}, ms" for label in DTYPES)), rows)
 
 
+def measure_threads(shapes: list[tuple[int, int]], rounds: int, progress: tqdm) -> str:
+    paths = {}
+    for tokens, heads in shapes:
+        case = draw(tokens, heads, torch.bfloat16)
+        for isa in ISAS:
+            for threads in (1, 2):
+                path = on_threads(threads, prefill_path(on(isa), case))
+                paths[f"T{tokens:,} H{heads}", isa, threads] = path
+    times = interleaved(paths, rounds, progress)
+    rows = []
+    for (shape, isa, threads), one in times.items():
+        if threads == 1:
+            two = times[shape, isa, 2]
+            cells = shown(one, 1e3), shown(two, 1e3), f"{one.median / two.median:.2f}"
+            rows.append((shape, isa, *cells))
+    return table(("shape", "kernels", "1 thread, ms", "2 threads, ms", "ratio"), rows)
+
+
+def measure_layer_decode(hidden: int, heads: int, rounds: int, progress: tqdm) -> str:
+    rows = []
+    for label, dtype in DTYPES.items():
+        times = interleaved(layers.decode_paths(hidden, heads, dtype), rounds, progress)
+        rows += with_products(label, times)
+    return table(LAYER_HEADER, rows)
+
+
+def measure_layer_prefill(tokens: int, hidden: int, heads: int, rounds: int, progress: tqdm) -> str:
+    rows = []
+    for label, dtype in DTYPES.items():
+        paths = layers.prefill_paths(tokens, hidden, heads, dtype)
+        rows += with_products(label, interleaved(paths, rounds, progress))
+    return table(LAYER_HEADER, rows)
+
+
+LAYER_HEADER = ("dtype", "path", "ms", "times faster", "of its products' time")
+
+
+def with_products(label: str, times: dict[str, Timing]) -> list[tuple[str, ...]]:
+    products = times[layers.PRODUCTS].median
+    rows = compare(label, times, 1e3, layers.THEIRS)
+    return [(*row, f"{times[row[1]].median / products:.2f}") for row in rows]
+
+
 def measure_memory(tokens: Iterable[int], heads: int, progress: tqdm) -> str | None:
     rows = []
     first, *longer = tokens
-    for name, count in ((THEIRS, first), (FUSED, first), *((FUSED, x) for x in longer)):
+    names = (THEIRS, *map(on, ISAS))
+    for name, count in (*((x, first) for x in names), *((FUSED, x) for x in longer)):
         peak = peak_bytes(prepare_call, name, count, heads, torch.get_num_threads())
         progress.update()
         if peak is None:
@@ -146,85 +216,23 @@ def measure_lengths(
 ) -> str:
     case = draw(max(ours), heads, torch.bfloat16)
     paths = {}
-    for name, lengths in ((FUSED, ours), (THEIRS, theirs)):
+    for name, lengths in ((THEIRS, theirs), (TOKENWISE, theirs), (FUSED, ours)):
         for tokens in lengths:
             paths[name, tokens] = prefill_path(name, case.first(tokens))
     times = interleaved(paths, rounds, progress)
-    plot(times, figure)
+    curves = defaultdict(list)
     rows = []
     for (name, tokens), timing in times.items():
+        curves[name].append((tokens, timing))
         base = times[name, theirs[-1]].median / theirs[-1]
         each = timing.median / tokens
         row = (name, f"{tokens:,}", shown(timing, 1e3), f"{each * 1e9:,.0f}", f"{each / base:.2f}")
         rows.append(row)
+    plot(curves, f"KDA forward on a CPU: B1 H{heads} D{D}, bf16", figure)
     return table(("path", "T", "ms", "ns a token", f"of T = {theirs[-1]:,}'s"), rows)
 
 
-# ---------------------------------------------------------------- what is shown
-
-
-def shown(timing: Timing, unit: float) -> str:
-    median, low, high = (
-        f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-        for x in (timing.median * unit, timing.low * unit, timing.high * unit)
-    )
-    return f"{median} ({low} to {high})"
-
-
-def compare(label: str, times: dict[str, Timing], unit: float) -> list[tuple[str, ...]]:
-    base = times[THEIRS].median
-    return [(label, name, shown(t, unit), f"{base / t.median:,.1f}") for name, t in times.items()]
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown that also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, tuple("-" * width for width in widths), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
-def plot(times: dict[tuple[str, int], Timing], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for name, colour in ((THEIRS, "#b3541e"), (FUSED, "#1f5fa8")):
-        points = sorted((T, t.median * 1e3) for (n, T), t in times.items() if n == name)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
-    axes.yaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
-    axes.set_xlabel("tokens T")
-    axes.set_ylabel("milliseconds")
-    axes.set_title("KDA forward on a CPU: B1 H16 D128, bf16", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def machine() -> str:
-    """The processor in public terms, and who serves."""
-    facts = {}
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    present = facts.get("flags", facts.get("Features", "")).split()
-    flags = [flag for flag in present if flag in FLAGS]
-    served = ", ".join(
-        f"{label}: {mate.backend_for('cpu', dtype).name}" for label, dtype in DTYPES.items()
-    )
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used; "
-        f"flags that matter: {' '.join(flags) or 'unknown'}.\n"
-        f"mate {mate.__version__}, backend {served}; instruction set of the kernels: "
-        f"{native.isa() or 'none'}.\n"
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()}."
-    )
+# ---------------------------------------------------------------- the page
 
 
 def main() -> int:
@@ -264,8 +272,10 @@ def main() -> int:
             print(f"\n## {title}\n\n{text}")
         page.extend((f"## {title}", text))
 
-    checks, probes, timed, timed_long = 16, 3, 6 + 6 + 12, len(ours) + len(theirs)
-    steps = checks + probes + timed * (rounds + 1) + timed_long * (rounds_long + 1)
+    hidden, layer_heads = (256, 2) if args.quick else (2304, 32)
+    kernels, lengths = max(1, len(ISAS)), len(ours) + 2 * len(theirs)
+    timed = 2 * (kernels + 5) + 2 * 3 + 12 + 2 * 2 * len(ISAS) + 2 * 3 + 2 * 3
+    steps = 16 + 2 + kernels + timed * (rounds + 1) + lengths * (rounds_long + 1)
     with torch.inference_mode(), tqdm(total=steps, leave=False, disable=None) as progress:
         errors, right = verify(300, progress)
         section(
@@ -278,18 +288,35 @@ def main() -> int:
         if not right:
             print("\nA bound is broken: nothing is timed.", file=sys.stderr)
             return 1
-        prefill = measure_prefill(tokens, heads, rounds, progress)
         shape = f"B1 T{tokens:,} H{heads}"
-        section(f"Prefill: {shape}", f"Bounded gate, remembering.\n\n{prefill}")
+        section(
+            f"Prefill: {shape}",
+            "Bounded gate, remembering; fp32 inputs run the avx512 kernels within amx. Product\n"
+            "limit: what a matrix product of 1024 x 1024 in that dtype reaches here, against\n"
+            f"{FLOP / 1e3:,.0f} kFLOP a token and head. Copy limit: the time to move q, k, v, g\n"
+            "and the output once.\n\n" + measure_prefill(tokens, heads, rounds, progress),
+        )
         section(
             "One decode step: B1 H32",
-            "The state is updated in place by mate, returned anew by transformers.\n\n"
+            "The state [K, V] is updated in place by mate, returned anew by transformers.\n\n"
             + measure_decode(32, rounds, progress),
         )
         section(
             f"Gates and regimes: {shape}",
             f"{FUSED}; pre-computed: {STRICT}.\n\n"
             + measure_gates(tokens, heads, rounds, progress),
+        )
+        section(
+            "Threads: B1, bf16",
+            measure_threads([(tokens, heads), (8 * tokens, 2)], rounds, progress),
+        )
+        section(
+            f"One decode step of the whole layer: hidden {hidden:,}, H{layer_heads}",
+            measure_layer_decode(hidden, layer_heads, rounds, progress),
+        )
+        section(
+            f"Prefill of the whole layer: B1 T{tokens:,}, hidden 1,024, H8",
+            measure_layer_prefill(tokens, 1024, 8, rounds, progress),
         )
         memory = measure_memory([tokens, ours[-1]], heads, progress)
         section(
@@ -298,8 +325,8 @@ def main() -> int:
             "reset (`/proc/self/clear_refs`) with the inputs in place, and what the call returns is"
             f"\nsubtracted.\n\n{memory or 'Not measured: this needs Linux.'}",
         )
-        lengths = measure_lengths(ours, theirs, heads, rounds_long, progress, out / "cpu.png")
-        section(f"Time against T: B1 H{heads}, bf16", f"{lengths}\n\n![time against T](cpu.png)")
+        against = measure_lengths(ours, theirs, heads, rounds_long, progress, out / "cpu.png")
+        section(f"Time against T: B1 H{heads}, bf16", f"{against}\n\n![time against T](cpu.png)")
     (out / "cpu.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return 0
 

@@ -14,10 +14,24 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
 )
 
 import mate
+from mate.backends import native
 from mate.functional.reference import log_decay
 
 D = 128
-THEIRS, STRICT, FUSED = "transformers", "mate, same inputs", "mate, gate in the kernel"
+BEST = native.isa()
+ISAS = [isa for isa in ("portable", "avx2", "avx512", "amx") if native.use_isa(isa)]
+native.use_isa(BEST)
+
+
+def on(isa: str | None) -> str:
+    """The name of mate's path on an instruction set, gate and sigmoid inside."""
+    return f"mate, {isa or 'pytorch'}"
+
+
+THEIRS, FUSED = "transformers", on(BEST)
+STRICT = f"{FUSED}, transformers' inputs"
+TOKENWISE_ISA = "avx512" if "avx512" in ISAS else BEST
+TOKENWISE = f"token by token, {TOKENWISE_ISA}"
 
 transformers_logging.set_verbosity_error()  # it warns that what is timed here is its slow path
 
@@ -89,15 +103,44 @@ def draw(
     return Case(*streams, A_log, dt_bias, None if gate == "softplus" else -5.0, state)
 
 
+def forced(isa: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call on one instruction set."""
+
+    def run() -> Any:
+        native.use_isa(isa)
+        try:
+            return call()
+        finally:
+            native.use_isa(BEST)
+
+    return run
+
+
+def on_threads(count: int, call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
 def prefill_path(name: str, case: Case) -> Callable[[], Any]:
     if name == THEIRS:
         return partial(chunk_kimi_delta_attention, **case.theirs())
-    arguments = case.strict() if name == STRICT else case.fused()
-    return partial(mate.chunk_kda, **arguments, output_final_state=True)
+    if name == STRICT:
+        return partial(mate.chunk_kda, **case.strict(), output_final_state=True)
+    kda = mate.recurrent_kda if name == TOKENWISE else mate.chunk_kda
+    isa = TOKENWISE_ISA if name == TOKENWISE else {on(x): x for x in ISAS}.get(name, BEST)
+    return forced(isa, partial(kda, **case.fused(), output_final_state=True))
 
 
 def prefill_paths(case: Case) -> dict[str, Callable[[], Any]]:
-    return {name: prefill_path(name, case) for name in (THEIRS, STRICT, FUSED)}
+    names = (THEIRS, TOKENWISE, *map(on, ISAS or [None]), STRICT)
+    return {name: prefill_path(name, case) for name in names}
 
 
 def decode_paths(case: Case) -> dict[str, Callable[[], Any]]:

@@ -30,11 +30,9 @@ PATTERN = -12345.0
 
 def isas() -> list[str]:
     """The instruction sets that this processor can run."""
-    library = native.library()
-    assert not isinstance(library, str), library
-    names = ("amx", "avx512", "avx2", "portable")
-    found = [name for name in names if library.mate_cpu_use_isa(name.encode()) == 0]
-    library.mate_cpu_use_isa(None)
+    found = [name for name in ("amx", "avx512", "avx2", "portable") if native.use_isa(name)]
+    native.use_isa(None)
+    assert found, native.library()
     return found
 
 
@@ -184,15 +182,13 @@ def run(number: int) -> tuple[float, float]:
         for k, v in inputs.items()
         if isinstance(v, Tensor) and v is not arguments.get("final_state")
     }
-    library = native.library()
-    assert not isinstance(library, str), library
-    library.mate_cpu_use_isa(about["isa"].encode())
+    native.use_isa(about["isa"])
     torch.set_num_threads(about["threads"])
     try:
         operator = getattr(mate, about["operator"])
         output, state = operator(**arguments, output_final_state=True)
     finally:
-        library.mate_cpu_use_isa(None)
+        native.use_isa(None)
     buffers.check_guards()
     for name, x in kept.items():
         assert torch.equal(x, inputs[name]), f"{name} was modified"

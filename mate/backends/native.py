@@ -65,9 +65,20 @@ def library() -> ctypes.CDLL | str:
 
 
 def isa() -> str | None:
-    """The instruction set of the loaded kernels ("avx512", "avx2", "portable"), None without."""
+    """The instruction set of the loaded kernels ("amx", "avx512", "avx2", "portable"), or None."""
     lib = library()
     return None if isinstance(lib, str) else lib.mate_cpu_isa().decode()
+
+
+def use_isa(name: str | None) -> bool:
+    """Switch the loaded kernels to an instruction set, None: the best; False if it cannot run.
+
+    For tests and benchmarks; users set ``MATE_CPU_ISA``.
+    """
+    lib = library()
+    if isinstance(lib, str):
+        return False
+    return bool(lib.mate_cpu_use_isa(None if name is None else name.encode()) == 0)
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -59,10 +59,10 @@ def library() -> ctypes.CDLL:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = native.isa()
     assert before
-    if library().mate_cpu_use_isa(request.param.encode()) != 0:
+    if not native.use_isa(request.param):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    library().mate_cpu_use_isa(before.encode())
+    native.use_isa(before)
 
 
 @pytest.fixture(params=list(ALGORITHMS))
