@@ -34,16 +34,17 @@ test-sanitize: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
 
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp tests/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp tests/*/*.cpp)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # The kernels inside the source tree, for work on mate itself with PYTHONPATH=. set.
 develop: $(VENV)/installed

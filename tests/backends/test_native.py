@@ -424,17 +424,30 @@ def test_bad_numbers_stay_in_their_sequence_and_head(
         assert output[0, 7:25, 1].isnan().all()
 
 
+@pytest.mark.parametrize("token", [11, 40], ids=["first-span", "second-span"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["q", "k", "v", "g", "beta"])
-def test_a_nan_token_leaves_earlier_tokens_alone(
-    where: str, dtype: torch.dtype, isa: str, algorithm: int
+def test_a_bad_token_leaves_earlier_tokens_alone(
+    where: str, value: float, token: int, dtype: torch.dtype, isa: str, algorithm: int
 ) -> None:
-    case = draw(T=20, dtype=dtype)
+    case = draw(T=50, dtype=dtype)
     clean, _ = run(case, algorithm)
-    case.tensors[where][:, 11] = math.nan
+    case.tensors[where][:, token] = value
     output, _ = run(case, algorithm)
-    assert torch.equal(output[:, :11], clean[:, :11])
-    reached = slice(11, 12 if where == "q" else 20)  # q does not enter the state
-    assert output[:, reached].isnan().all()
+    assert torch.equal(output[:, :token], clean[:, :token])
+    if math.isnan(value):
+        reached = slice(token, token + 1 if where == "q" else 50)  # q does not enter the state
+        assert output[:, reached].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e15])  # their product reaches 1e32
+def test_normalised_rows_may_have_any_size(size: float, dtype: torch.dtype, isa: str) -> None:
+    for algorithm in ALGORITHMS.values():
+        case = draw(T=20, dtype=dtype)
+        for name in ("q", "k"):
+            case.tensors[name] *= size
+        amx = AMX if rounds_operands(case, isa, algorithm) else None
+        check(run(case, algorithm), case.reference(), amx=amx)
 
 
 # ---- functions ----------------------------------------------------------------------------------
