@@ -6,9 +6,9 @@ mate.hf                                Hugging Face transformers (imported on it
 mate.backend_for                       which backend serves a call, and why
 """
 
-from mate import kda
+from mate import kda, layers
 from mate.backends import backend_for
 from mate.functional.kda import chunk_kda, recurrent_kda
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend_for", "chunk_kda", "kda", "recurrent_kda"]
+__all__ = ["__version__", "backend_for", "chunk_kda", "kda", "layers", "recurrent_kda"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mate
-from mate.backends import native
+from mate.backends import Choice, NoBackendError, native
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
@@ -56,7 +56,10 @@ def check() -> dict[str, Any]:
     calls = []
     for device in _devices():
         for dtype in _DTYPES:
-            choice = mate.backend_for(device, dtype)
+            try:
+                choice = mate.backend_for(device, dtype)
+            except NoBackendError as error:
+                choice = Choice("none", error.refusals)
             calls.append(
                 {
                     "device": device,
@@ -66,9 +69,10 @@ def check() -> dict[str, Any]:
                     "refusals": choice.refusals,
                 }
             )
-    names = ("torch", "einops", "transformers", "torch_musa")
+    names = ("torch", "transformers", "torch_musa")
     return {
         "mate": mate.__version__,
+        "folder": str(Path(mate.__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in names},
@@ -85,8 +89,9 @@ def check() -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    versions = ("mate", "python", "torch", "einops", "transformers", "torch_musa")
+    versions = ("mate", "python", "torch", "transformers", "torch_musa")
     print("  ".join(f"{name} {report[name] or '-'}" for name in versions))
+    print(f"mate is in {report['folder']}")
     cpu = report["cpu"]
     print(f"cpu: {cpu['model']}, {cpu['threads']} threads, {' '.join(cpu['features'])}")
     kernels = report["native"]["cpu"]
@@ -101,17 +106,21 @@ def _print(report: dict[str, Any]) -> None:
     }
     for reason in sorted(reasons):
         print(reason)
-    print("\nok" if report["ok"] else "\nsome calls are served by a slow backend, see above")
+    print("\nok" if report["ok"] else "\nsome calls are not served by a fast backend, see above")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    description = "Exit code 1 when a call would be served by a slow backend."
+    description = "Exit code 1 when a call would be served by a slow backend, or by none."
     command = commands.add_parser("check", help="what serves which call", description=description)
     command.add_argument("--json", action="store_true", help="print it as JSON")
     options = parser.parse_args(arguments)
-    report = check()
+    try:
+        report = check()
+    except ValueError as error:  # of MATE_DISABLE
+        print(error, file=sys.stderr)
+        return 1
     if options.json:
         print(json.dumps(report, indent=2))
     else:

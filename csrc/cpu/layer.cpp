@@ -146,8 +146,6 @@ int32_t checked(const Args& args, void (*run)(const Args&)) {
 }  // namespace
 }  // namespace mate
 
-MATE_EXPORT int32_t mate_layer_abi_version(void) { return MATE_LAYER_ABI_VERSION; }
-
 MATE_EXPORT int32_t mate_short_conv(const mate_short_conv_args* args) {
   return mate::checked(*args, mate::short_conv);
 }

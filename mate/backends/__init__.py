@@ -5,7 +5,9 @@ any device). ``MATE_DISABLE=native`` (a comma-separated list) switches backends 
 """
 
 import os
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from mate.backends import native, pytorch
 from mate.backends.call import KdaCall
+from mate.backends.switches import NAMES, disabled
 
-_BACKENDS: dict[str, ModuleType] = {"native": native, "pytorch": pytorch}
+_BACKENDS: dict[str, ModuleType] = dict(zip(NAMES, (native, pytorch), strict=True))
 
 
 class Choice(NamedTuple):
@@ -25,19 +28,41 @@ class Choice(NamedTuple):
     refusals: dict[str, str]
 
 
+class NoBackendError(RuntimeError):
+    """No backend serves a call; ``refusals`` says why, by backend."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, refusals: dict[str, str]) -> None:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        super().__init__(f"no backend serves {dtype} on {device} ({listed})")
+        self.refusals = refusals
+
+
 def backend_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Choice:
-    """Which backend serves the forward pass of a call on ``device`` with q of ``dtype``."""
-    device = torch.device(device)
-    disabled = os.environ.get("MATE_DISABLE", "").split(",")
+    """Which backend serves the forward pass of a call on ``device`` with q of ``dtype``.
+
+    Raises:
+        ValueError: PyTorch knows no such device, or MATE_DISABLE no such backend.
+        NoBackendError: none serves; a RuntimeError that says why.
+    """
+    device = _device(device)
     refusals: dict[str, str] = {}
     for name, backend in _BACKENDS.items():
-        reason = "switched off by MATE_DISABLE" if name in disabled else None
+        reason = "switched off by MATE_DISABLE" if disabled(name) else None
         reason = reason or backend.refusal(device, dtype)
         if reason is None:
             return Choice(name, refusals)
         refusals[name] = reason
-    listed = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-    raise RuntimeError(f"no backend serves {dtype} on {device} ({listed})")
+    raise NoBackendError(device, dtype, refusals)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        hint = "; install torch_musa and import it first" if "musa" in str(device) else ""
+        raise ValueError(
+            f"device must be one that torch {torch.__version__} knows, got {device!r}{hint}"
+        ) from error
 
 
 _warned: set[str] = set()
@@ -52,8 +77,17 @@ def _warn_once(choice: Choice, device: torch.device) -> None:
     warnings.warn(
         f"mate: the {choice.name} backend serves KDA on {device}, many times slower than the "
         f"native kernels: {reason}",
-        stacklevel=2,
+        stacklevel=_level_of_the_user(),
     )
+
+
+def _level_of_the_user() -> int:
+    """The ``stacklevel`` of the first line outside mate and PyTorch, for the function above."""
+    own = tuple(f"{Path(str(x.__file__)).parent}{os.sep}" for x in (sys.modules["mate"], torch))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:

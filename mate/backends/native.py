@@ -1,6 +1,6 @@
 """The native backend: loads the CPU library with ctypes and calls its C interface.
 
-The structures mirror ``csrc/include/mate/kda.h``; ``mate_abi_version`` guards the pairing.
+The structures mirror ``csrc/include/mate/``; ``mate_abi_version`` guards the pairing.
 """
 
 import ctypes
@@ -25,8 +25,8 @@ STATUS = {1: "out of memory", 2: "unsupported arguments"}
 
 # Structures are packed in one go: ctypes would take longer to fill them field by field than a
 # decode step of a small layer takes.
-TENSOR = "P3qi4x"  # mate_tensor
-_KDA = struct.Struct("@" + 8 * TENSOR + "3P5q2f5i")  # mate_kda_args
+TENSOR = "P3qi0q"  # mate_tensor; 0q: padded to the alignment of int64_t, as C does
+_KDA = struct.Struct("@" + 8 * TENSOR + "3P5q2f5i0q")  # mate_kda_args
 _NO_TENSOR = (0, 0, 0, 0, 0)
 
 
@@ -36,24 +36,42 @@ def library_path() -> Path:
     return Path(named) if named else Path(__file__).parents[1] / "lib" / "libmate_cpu.so"
 
 
+def _missing(path: Path) -> str:
+    if os.environ.get("MATE_CPU_LIBRARY"):
+        return f"MATE_CPU_LIBRARY={path} does not exist"
+    package = Path(__file__).parents[1]
+    if (package.parent / "pyproject.toml").exists() and not (package / "lib").exists():
+        return (
+            f"{package} is mate's source tree, in which the CPU kernels are not built; run "
+            "`make develop` there, or start Python in another folder to import the installed mate"
+        )
+    return (
+        "the CPU kernels were not built when mate was installed; install a C++ compiler (g++ or "
+        "clang++) and run `pip install --force-reinstall --no-deps .` in mate's source folder"
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
     path = library_path()
     if not path.exists():
-        return (
-            "the CPU kernels were not built when mate was installed; install a C++ compiler "
-            "(g++ or clang++) and run `pip install --force-reinstall --no-deps .` again"
-        )
+        return _missing(path)
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"{path} could not be loaded: {error}"
-    lib.mate_kda_forward.argtypes = [c_char_p]
+        named = "MATE_CPU_LIBRARY=" if os.environ.get("MATE_CPU_LIBRARY") else ""
+        return f"{named}{path} could not be loaded: {error}"
+    try:
+        version = lib.mate_abi_version()
+        for name in ("mate_kda_forward", "mate_short_conv", "mate_gated_norm", "mate_decode_step"):
+            getattr(lib, name).argtypes = [c_char_p]  # a packed structure
+    except AttributeError:
+        version = None
+    if version != ABI_VERSION:
+        return f"{path} belongs to another version of mate, or is none of its; reinstall mate"
     lib.mate_cpu_isa.restype = c_char_p
     lib.mate_cpu_use_isa.argtypes = [c_char_p]
-    if lib.mate_abi_version() != ABI_VERSION:
-        return f"{path} belongs to another version of mate; reinstall mate"
     # torch's own OpenMP pool, so that two pools never compete for the cores
     run = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     if run is not None:

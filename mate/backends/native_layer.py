@@ -1,8 +1,5 @@
 """The native kernels of what surrounds the recurrence in a layer: ``csrc/include/mate/layer.h``."""
 
-import ctypes
-import functools
-import os
 import struct
 
 import torch
@@ -10,28 +7,15 @@ from torch import Tensor
 
 from mate.backends import native
 from mate.backends.native import DTYPE_CODES, TENSOR, tensor_fields
+from mate.backends.switches import disabled
 
-ABI_VERSION = 1
 HEAD_DIM = 128
 MAX_CONV_WIDTH = 8
 
-_ROWS = "Pqi4x"  # mate_rows
-_SHORT_CONV = struct.Struct("@" + 4 * TENSOR + _ROWS + "P4q3i")
-_GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi")
-_DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "2P3q3f4i")
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The loaded library, unless there is none or it has other layer functions than these."""
-    library = native.library()
-    if isinstance(library, str):
-        return None
-    if getattr(library, "mate_layer_abi_version", lambda: 0)() != ABI_VERSION:
-        return None
-    for name in ("mate_short_conv", "mate_gated_norm", "mate_decode_step"):
-        getattr(library, name).argtypes = [ctypes.c_char_p]
-    return library
+_ROWS = "Pqi0q"  # mate_rows
+_SHORT_CONV = struct.Struct("@" + 4 * TENSOR + _ROWS + "P4q3i0q")
+_GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi0q")
+_DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "2P3q3f4i0q")
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -39,13 +23,11 @@ def serves(*tensors: Tensor | None) -> bool:
     for x in tensors:
         if x is not None and (x.dtype not in DTYPE_CODES or not x.is_cpu):
             return False
-    if "native" in os.environ.get("MATE_DISABLE", "").split(","):
-        return False
-    return _library() is not None
+    return not disabled("native") and not isinstance(native.library(), str)
 
 
 def _run(name: str, arguments: bytes) -> None:
-    status = getattr(_library(), name)(arguments)
+    status = getattr(native.library(), name)(arguments)
     if status != 0:
         raise RuntimeError(f"{name} failed: {native.STATUS.get(status, status)}")
 

@@ -13,7 +13,10 @@ the middle, and D_ij = (product from the middle to i) * (product from j to the m
 are at most 1: nothing overflows, however strong the gate, and a decay of exactly 0 is exact.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,8 @@ from torch import Tensor
 from mate.backends.call import KdaCall
 from mate.functional.reference import L2NORM_EPS
 
+P = ParamSpec("P")
+R = TypeVar("R")
 MAX_CHUNK = 64
 # Denormal numbers make a matrix product 10 times slower: products of decays below TINY, of which
 # two may meet, and what is multiplied with values of order 1 below TINY_RESULT, count as 0.
@@ -342,6 +347,20 @@ def _first_state(call: KdaCall, states: slice) -> Tensor:
     return S.mT if call.state_v_first else S
 
 
+def _without_autocast(
+    run: Callable[Concatenate[KdaCall, P], R],
+) -> Callable[Concatenate[KdaCall, P], R]:
+    """Autocast would run the products in 16 bits."""
+
+    @functools.wraps(run)
+    def wrapped(call: KdaCall, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(call.q.device.type, enabled=False):
+            return run(call, *args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """Writes the output [B, T, Hv, V] and, where given, the final state.
 
@@ -358,12 +377,16 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
             final_state[states] = S.mT if call.state_v_first else S
 
 
+@_without_autocast
 def backward(
     call: KdaCall, d_output: Tensor, d_final_state: Tensor | None
 ) -> tuple[Gradients, Tensor | None]:
     """Gradients of the call's tensors and of its initial state (None without one)."""
     into = Gradients.empty(call)
-    d_initial = None if call.initial_state is None else torch.empty_like(call.initial_state)
+    d_initial = None
+    if call.initial_state is not None:
+        contiguous = torch.contiguous_format
+        d_initial = torch.empty_like(call.initial_state, memory_format=contiguous)
     for states, start, end in call.windows():
         S = _first_state(call, states)
         slabs, firsts = _slabs(call, start, end), []

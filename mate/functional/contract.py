@@ -6,7 +6,7 @@ inside the operator, where they are real numbers also under torch.compile.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,12 +89,23 @@ def _check_gate(
         return
     dtypes = (*FLOAT_DTYPES, torch.float64)
     _check_tensor("A_log", A_log, (heads,), "[Hv]", dtypes, device)
-    flat = isinstance(dt_bias, Tensor) and dt_bias.dim() == 1
-    shape, rule = ((heads * HEAD_DIM,), "[Hv * 128]") if flat else ((heads, HEAD_DIM), "[Hv, 128]")
+    shape: tuple[int, ...] = (heads, HEAD_DIM)
+    rule = "[Hv * 128] or [Hv, 128]"
+    if isinstance(dt_bias, Tensor) and dt_bias.dim() == 1:
+        shape, rule = (heads * HEAD_DIM,), "[Hv, 128] or [Hv * 128]"
     _check_tensor("dt_bias", dt_bias, shape, rule, dtypes, device)
 
 
-def _check_cu_seqlens_form(cu_seqlens: Tensor, name: str, device: torch.device) -> None:
+def no_second_derivative(*_: Any) -> Any:
+    """The gradient of the operators' backward passes."""
+    raise NotImplementedError(
+        "second derivatives of mate's operators are not implemented: expected first-order "
+        "gradients only, got a backward pass through a backward pass (create_graph=True)"
+    )
+
+
+def check_cu_seqlens_form(cu_seqlens: Tensor, name: str, device: torch.device) -> None:
+    """Everything about document bounds but their values."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -147,7 +158,8 @@ def check(
     rule = "[S, Hqk, 128] or [1, S, Hqk, 128] with cu_seqlens" if varlen else "[B, T, Hqk, 128]"
     rank_fits = q.dim() == 4 or (varlen and q.dim() == 3)
     if not rank_fits or (varlen and q.dim() == 4 and q.shape[0] != 1):
-        raise ValueError(f"q must have shape {rule}, got {_shape(q)}")
+        packed = "; for packed sequences pass cu_seqlens" if q.dim() == 3 and not varlen else ""
+        raise ValueError(f"q must have shape {rule}, got {_shape(q)}{packed}")
     if q.shape[-1] != HEAD_DIM:
         raise ValueError(f"q must have head dimension 128, got {q.shape[-1]} in {_shape(q)}")
     if v.dim() != q.dim() or v.shape[:-2] != q.shape[:-2] or v.shape[-1] != HEAD_DIM:
@@ -173,12 +185,12 @@ def check(
         )
     num_seqs = q.shape[0]
     if cu_seqlens is not None:
-        _check_cu_seqlens_form(cu_seqlens, "cu_seqlens", device)
+        check_cu_seqlens_form(cu_seqlens, "cu_seqlens", device)
         num_seqs = cu_seqlens.shape[0] - 1
     if cu_seqlens_cpu is not None:
         if cu_seqlens is None:
             raise ValueError("cu_seqlens_cpu mirrors cu_seqlens, got cu_seqlens=None")
-        _check_cu_seqlens_form(cu_seqlens_cpu, "cu_seqlens_cpu", torch.device("cpu"))
+        check_cu_seqlens_form(cu_seqlens_cpu, "cu_seqlens_cpu", torch.device("cpu"))
         if cu_seqlens_cpu.shape != cu_seqlens.shape:
             raise ValueError(
                 f"cu_seqlens_cpu must have cu_seqlens' shape {_shape(cu_seqlens)}, "

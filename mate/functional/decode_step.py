@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mate import backends
 from mate.backends import native, native_layer
@@ -41,7 +42,8 @@ def kda_decode_step(
 
     What :func:`mate.functional.short_conv.short_conv`, :func:`mate.recurrent_kda` and
     :func:`mate.functional.gated_norm.gated_rms_norm` compute one after another, on CPUs and
-    without gradients; nothing in between is rounded to 16 bits. Both states are updated in place.
+    without gradients. The native kernel rounds nothing in between to 16 bits. Both states are
+    updated in place.
 
     Args:
         q: Projection of the hidden state before its convolution, [B, Hqk * 128] or
@@ -52,7 +54,7 @@ def kda_decode_step(
         beta: Logits of the writing strength, [B, Hv].
         output_gate: Logits of the output gate, v's shape.
         conv_state: [B, (2 * Hqk + Hv) * 128, W], contiguous, q's dtype: the windows of q, k and v.
-        state: [B, Hv, V, K] contiguous; fp32, fp16 or bf16.
+        state: [B, Hv, V, K] contiguous; q's dtype or fp32.
         q_weight: [Hqk * 128, W], any float dtype; k_weight alike, v_weight [Hv * 128, W].
         k_weight: See q_weight.
         v_weight: See q_weight.
@@ -132,6 +134,9 @@ def _check(
     for name, x in (("k", k), ("v", v), ("conv_state", conv_state)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+    for name, x in (("g", g), ("beta", beta), ("output_gate", output_gate), ("state", state)):
+        if x.dtype not in (q.dtype, torch.float32):
+            raise TypeError(f"{name} must be {q.dtype} or torch.float32, got {x.dtype}")
 
 
 def _kda_decode_step(*args: Any) -> Tensor:
@@ -140,6 +145,7 @@ def _kda_decode_step(*args: Any) -> Tensor:
     A_log, dt_bias = (x.float().contiguous() for x in tensors[11:13])
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     width = weights[0].shape[-1]
+    increment_version(tensors[6:8])  # so that autograd sees what was overwritten
     if width > native_layer.MAX_CONV_WIDTH or not native_layer.serves(*tensors[:11], tensors[13]):
         return output.copy_(_step_by_step(*args))
     rows = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:6])
@@ -180,11 +186,12 @@ def _step_by_step(
 ) -> Tensor:
     batch, shape = v.shape[0], v.shape
     streams: list[Tensor] = []
+    finals: list[Tensor] = []
     windows = conv_state.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=1)
     for x, weight, window in zip((q, k, v), (q_weight, k_weight, v_weight), windows, strict=True):
         y, final = short_conv.in_pytorch(x.view(batch, 1, -1), weight, window, None, True)
         assert final is not None
-        window.copy_(final)
+        finals.append(final)
         streams.append(y.unflatten(-1, (-1, HEAD_DIM)))
     q, k, v = streams
     call = KdaCall(
@@ -208,6 +215,8 @@ def _step_by_step(
     )
     o = torch.empty_like(v)
     backends.forward(call, o, state)
+    for window, final in zip(windows, finals, strict=True):
+        window.copy_(final)
     gate = output_gate.reshape(o.shape)
     return gated_norm.in_pytorch(o, gate, norm_weight, norm_eps).reshape(shape)
 

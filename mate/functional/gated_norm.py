@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mate.backends import native_layer
+from mate.functional.contract import no_second_derivative
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -117,3 +118,4 @@ for _name, _function, _fake in (
 torch.library.register_autograd(
     "mate::gated_rms_norm", _autograd, setup_context=_setup_context, lib=_library
 )
+torch.library.register_autograd("mate::gated_rms_norm_backward", no_second_derivative, lib=_library)

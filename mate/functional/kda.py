@@ -45,6 +45,11 @@ def chunk_kda(
     neither given                                g itself; a base-2 decay is converted by * ln 2
     ===========================================  =================================================
 
+    With A_log, ``lower_bound`` chooses the gate: the default -5.0 is GLM's and K3's bounded gate;
+    Kimi Linear checkpoints need ``lower_bound=None``, the default of
+    :class:`mate.layers.KimiDeltaAttention`. Without A_log, g must be <= 0, which is not checked: a
+    positive g makes the state grow without bound.
+
     Source: Kimi Linear (arXiv 2510.26692), equation of the delta rule with a per-channel decay.
     Gradients flow to q, k, v, g, beta, A_log, dt_bias and initial_state. Any tensor may be a
     strided view whose last dimension is contiguous.
@@ -55,7 +60,8 @@ def chunk_kda(
         k: Keys, with q's shape and dtype.
         v: Values [B, T, Hv, 128] or the varlen equivalent, q's dtype. Hv is a multiple of Hqk;
             value head h reads q/k head h // (Hv / Hqk).
-        g: Gate input with v's shape, q's dtype or fp32.
+        g: Gate input with v's shape, q's dtype or fp32. Without A_log the log-decay itself, which
+            must be <= 0 and is not checked.
         beta: Logits of the writing strength [B, T, Hv] or [S, Hv] / [1, S, Hv]; q's dtype or fp32.
         scale: Factor on q k^T. Default 128 ** -0.5.
         initial_state: [N, Hv, V, K], v's dtype or fp32, N the number of sequences. None: zeros.
@@ -66,7 +72,7 @@ def chunk_kda(
         A_log: Log rate of the gate [Hv], any float dtype, computed in fp32. Goes with dt_bias.
         dt_bias: Bias of the gate [Hv, 128] or [Hv * 128].
         lower_bound: Smallest log-decay of the bounded gate, finite and negative, or None for the
-            softplus gate.
+            softplus gate. Ignored without A_log.
         use_qk_l2norm_in_kernel: x / sqrt(sum(x^2) + 1e-6) on q and k.
         output: Preallocated output with v's shape and dtype; written and returned.
         final_state: Preallocated final state, of initial_state's dtype; written, and returned
@@ -83,6 +89,7 @@ def chunk_kda(
     Raises:
         ValueError: A shape, value or device breaks the contract. Nothing has been written.
         TypeError: A dtype does. Nothing has been written.
+        NotImplementedError: A second derivative is asked for.
     """
     return _kda(
         False, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,

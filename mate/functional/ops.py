@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mate import backends
 from mate.backends.call import KdaCall
-from mate.functional.contract import check_cu_seqlens
+from mate.functional.contract import check_cu_seqlens, no_second_derivative
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
@@ -37,11 +38,51 @@ _library.define(
 
 def _check_values(call: KdaCall) -> None:
     """On a GPU only the host's copy of cu_seqlens is read."""
-    tokens = call.v.shape[1]
-    if call.cu_seqlens_cpu is not None:
-        check_cu_seqlens(call.cu_seqlens_cpu, tokens, "cu_seqlens_cpu")
-    if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
-        check_cu_seqlens(call.cu_seqlens, tokens)
+    tokens, bounds, copy = call.v.shape[1], call.cu_seqlens, call.cu_seqlens_cpu
+    if copy is not None:
+        check_cu_seqlens(copy, tokens, "cu_seqlens_cpu")
+    if bounds is not None and bounds.device.type == "cpu":
+        check_cu_seqlens(bounds, tokens)
+        if copy is not None and bounds.tolist() != copy.tolist():
+            raise ValueError(
+                f"cu_seqlens_cpu must hold cu_seqlens' values {bounds.tolist()}, "
+                f"got {copy.tolist()}"
+            )
+
+
+def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
+    """Nothing may be written where something else is read, but a state over the state it follows.
+
+    Views with gaps may lie in turns in the same memory: of these only the beginnings are compared.
+    """
+    places = []
+    for name in ("q", "k", "v", "g", "beta", "initial_state"):
+        x = getattr(call, name)
+        if x is not None:
+            places.append((name, x, *_place(x)))
+    for name, x in (("output", output), ("final_state", final_state)):
+        if x is None:
+            continue
+        begin, end = _place(x)
+        for other, y, first, last in places:
+            if (
+                begin < last
+                and first < end
+                and not ((name, other) == ("final_state", "initial_state") and _same_elements(x, y))
+            ):
+                raise ValueError(f"{name} must not overlap {other}: both lie in the same memory")
+        places.append((name, x, begin, end))
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    begin = x.data_ptr()
+    if x.is_contiguous():
+        return begin, begin + x.nbytes
+    return begin, begin + min(1, x.numel())
+
+
+def _same_elements(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.dtype == y.dtype
 
 
 def _state_like(call: KdaCall) -> Tensor:
@@ -69,12 +110,12 @@ def _kda_out(*args: Any) -> None:
     *inputs, resume, output, final_state = args
     call = KdaCall(*inputs)
     _check_values(call)
-    for name in ("q", "k", "v", "g"):
-        if output.numel() and output.data_ptr() == getattr(call, name).data_ptr():
-            raise ValueError(f"output must not be the memory of {name}, which is still read")
+    _check_apart(call, output, final_state)
     if resume:
         call.initial_state = final_state
     backends.forward(call, output, final_state)
+    # so that autograd sees a graph whose saved tensors were overwritten
+    increment_version([output] if final_state is None else [output, final_state])
 
 
 def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -140,3 +181,4 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mate::{_name}", _fake, lib=_library)
 torch.library.register_autograd("mate::kda", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("mate::kda_backward", no_second_derivative, lib=_library)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mate.backends import native_layer
+from mate.functional.contract import no_second_derivative
 
 
 def short_conv(
@@ -30,7 +31,8 @@ def short_conv(
 
     Args:
         x: [B, T, C], or [1, S, C] with ``cu_seqlens``; any float dtype, any strides.
-        weight: [C, W], the last tap multiplies the newest token; any float dtype.
+        weight: [C, W], the last tap multiplies the newest token; any float dtype. The native
+            kernel serves W <= 8, PyTorch the rest.
         initial_state: [N, C, >= W]; its last W columns are the newest inputs so far, oldest first
             (N = B, or the number of documents). None: zeros.
         cu_seqlens: [N + 1] integers on x's device: document n is x[0, cu[n]:cu[n + 1]]. Documents
@@ -41,7 +43,7 @@ def short_conv(
         (y, final_state): y in x's shape and dtype; final_state [N, C, W] in x's dtype, or None.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a device does not fit.
     """
     _check(x, weight, initial_state, cu_seqlens)
     width = weight.shape[1]
@@ -63,6 +65,9 @@ def _check(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu: Tensor |
     if cu is not None and (cu.dim() != 1 or cu.shape[0] < 1 or x.shape[0] != 1):
         shapes = f"x {tuple(x.shape)}, cu_seqlens {tuple(cu.shape)}"
         raise ValueError(f"cu_seqlens must be [N + 1] with x of shape [1, S, C], got {shapes}")
+    for name, other in (("weight", weight), ("initial_state", initial_state), ("cu_seqlens", cu)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {other.device}")
     if initial_state is not None:
         count = x.shape[0] if cu is None else cu.shape[0] - 1
         got = tuple(initial_state.shape)
@@ -343,3 +348,4 @@ for _name, _function, _fake in (
 torch.library.register_autograd(
     "mate::short_conv", _autograd, setup_context=_setup_context, lib=_library
 )
+torch.library.register_autograd("mate::short_conv_backward", no_second_derivative, lib=_library)

@@ -7,13 +7,15 @@
   KDA in place of some or all attention layers. Importing this package registers them with
   ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM``.
 
-Needs transformers 5: ``pip install mate-kda[hf]``.
+Needs transformers 5: ``pip install '.[hf]'`` in mate's source folder.
 """
 
 try:
     import transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError("mate.hf needs transformers: pip install mate-kda[hf]") from error
+    raise ImportError(
+        "mate.hf needs transformers: pip install '.[hf]' in mate's source folder"
+    ) from error
 
 from mate.hf.llama import MateLlamaConfig, MateLlamaForCausalLM, MateLlamaModel
 from mate.hf.patching import patch, unpatch

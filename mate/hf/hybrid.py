@@ -6,6 +6,9 @@ Everything here knows no model family. A family adds three classes of a few line
 - a config: :class:`HybridConfigMixin` over the family's config, with the fields of its docstring;
 - a model: :class:`HybridModelMixin` over the family's decoder;
 - a causal LM: :class:`HybridForCausalLMMixin` over the family's, which builds that model.
+
+The Auto classes know a family once ``mate.hf`` is imported: without ``import mate.hf``,
+``AutoModelForCausalLM.from_pretrained`` does not recognise a saved hybrid's model type.
 """
 
 from typing import Any
@@ -131,12 +134,17 @@ class HybridModelMixin(_HybridPreTrained):
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The decoder's forward; KDA layers get the 2-D padding mask and the document bounds."""
+        """The decoder's forward; KDA layers get the 2-D padding mask and the document bounds.
+
+        Packed documents (``cu_seqlens``, ``cu_seq_lens_q``, ``seq_idx``, or ``position_ids`` that
+        start over) are kept apart by every layer, without mask and cache:
+        :func:`mate.hf.packing.add_document_bounds`.
+        """
         tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("one of input_ids and inputs_embeds must be given, got neither")
-        if attention_mask is None:
-            kwargs = add_document_bounds(kwargs, tuple(tokens.shape[:2]))
+        batch, length = tokens.shape[:2]
+        kwargs = add_document_bounds(kwargs, (batch, length), attention_mask)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = self.config.use_cache

@@ -33,6 +33,7 @@ class MateKimiLinearDeltaAttention(TransformersMixer, KimiLinearDeltaAttention):
         "g_b_proj",
         "o_norm",
         "o_proj",
+        "hidden_size",
         "head_dim",
         "layer_idx",
         "activation",

@@ -52,7 +52,10 @@ class MateLlamaModel(HybridModelMixin, LlamaModel):
 
 
 class MateLlamaForCausalLM(HybridForCausalLMMixin, LlamaForCausalLM):
-    """``LlamaForCausalLM`` over :class:`MateLlamaModel`: training, ``generate``, saving."""
+    """``LlamaForCausalLM`` over :class:`MateLlamaModel`: training, ``generate``, saving.
+
+    ``AutoModelForCausalLM`` loads a saved one after ``import mate.hf``, which registers it.
+    """
 
     config_class = MateLlamaConfig
     config: MateLlamaConfig

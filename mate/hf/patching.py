@@ -4,6 +4,7 @@ A family is one entry of :data:`FAMILIES` and one subclass of :class:`Transforme
 """
 
 import importlib
+from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 import transformers
@@ -14,6 +15,14 @@ from mate.layers.kimi_delta_attention import HEAD_DIM
 from mate.layers.mixer import DeltaMixer
 
 Model = TypeVar("Model", bound=nn.Module)
+DECODER_ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+)
 
 
 class TransformersMixer(DeltaMixer):
@@ -61,9 +70,10 @@ FAMILIES = (
 def patch(model: Model) -> Model:
     """Serve the KDA layers of a loaded transformers model with mate's kernels, in place.
 
-    What changes: speed and memory; right padding and packed documents (``cu_seqlens``,
-    ``cu_seq_lens_q``, ``seq_idx``, or ``position_ids`` that start over) are kept apart in the
-    states; A_log and dt_bias are used in fp32. What does not: parameters and their names,
+    What changes: speed and memory; right padding is kept out of the states; packed documents
+    (``cu_seqlens``, ``cu_seq_lens_q``, ``seq_idx``, or ``position_ids`` that start over) are kept
+    apart by KDA and attention layers, in calls without mask and cache; A_log and dt_bias are used
+    in fp32. What does not: parameters and their names,
     ``state_dict``, saving, PEFT, caches (a patched model goes on with an unpatched one's cache).
     Patching twice is patching once. :func:`unpatch` undoes it.
 
@@ -74,9 +84,11 @@ def patch(model: Model) -> Model:
         The same model.
 
     Raises:
+        TypeError: model is no module.
         ValueError: no KDA layer found, or one that the kernels cannot serve; nothing is changed.
         RuntimeError: the installed transformers' layer is not what mate knows.
     """
+    _check_module(model)
     swaps = []
     patched = False
     for name, module in model.named_modules():
@@ -91,7 +103,7 @@ def patch(model: Model) -> Model:
             f"got {type(model).__name__} with none"
         )
     for module, replacement in swaps:
-        module.__class__ = replacement
+        _become(module, replacement)
     for module in model.modules():
         if _family(module, "model") and _find_documents not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_find_documents, with_kwargs=True)
@@ -104,14 +116,27 @@ def unpatch(model: Model) -> Model:
     Returns:
         The same model.
     """
+    _check_module(model)
     for module in model.modules():
         if isinstance(module, TransformersMixer):
-            module.__class__ = type(module).__bases__[-1]
+            _become(module, type(module).__bases__[-1])
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _find_documents:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     return model
+
+
+def _become(module: Any, cls: Any) -> None:
+    module.__class__ = cls
+    for name in ("forward", "_old_forward"):  # accelerate's hooks keep the bound method here
+        if isinstance(vars(module).get(name), MethodType):
+            setattr(module, name, MethodType(cls.forward, module))
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _family(module: nn.Module, role: str) -> Family | None:
@@ -132,6 +157,12 @@ def _replacement(family: Family, name: str, module: nn.Module) -> type:
         raise RuntimeError(
             f"transformers {transformers.__version__}: {family.layer} has no "
             f"{', '.join(missing)}, which mate.hf.patch reads; it is known to work with 5.23"
+        )
+    own = vars(module).get("_old_forward", vars(module).get("forward"))
+    if own is not None and not isinstance(own, MethodType):
+        raise ValueError(
+            f"{name}.forward must be {family.layer}'s own, got a function set on the module by "
+            "somebody else, which would be called in place of mate's"
         )
     head_dim, activation = module.head_dim, module.activation
     if head_dim != HEAD_DIM:
@@ -154,10 +185,12 @@ def _has(module: Any, path: str) -> bool:
 def _find_documents(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of the decoder: its KDA layers are not told the position_ids."""
+    """Forward pre-hook of the decoder: KDA and attention layers get the same document bounds."""
+    kwargs = dict(zip(DECODER_ARGUMENTS, args, strict=False)) | kwargs
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
-        tokens = args[0] if args else kwargs.get("input_ids")
-    if tokens is None or len(args) > 1:
+        tokens = kwargs.get("input_ids")
+    if tokens is None:
         return None
-    return args, add_document_bounds(kwargs, tuple(tokens.shape[:2]))
+    batch, length = tokens.shape[:2]
+    return (), add_document_bounds(kwargs, (batch, length), kwargs.get("attention_mask"))

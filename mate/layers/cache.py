@@ -24,6 +24,8 @@ class KDACache:
     """The states of all KDA layers of a model, for use without transformers.
 
     One object serves every layer of a model; a layer finds its own states by its ``layer_idx``.
+    States are updated in place: a call that raises may have advanced some of them, and the cache
+    is void then (``reset``).
     Per layer it holds, for N documents (batch rows, or packed documents):
 
     - a convolution window [N, Cq + Ck + Cv, W], oldest input first, in the activations' dtype;

@@ -72,8 +72,14 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
     checkpoint's names; ``load_state_dict`` also takes transformers' and flash-linear-attention's
     names and shapes (:mod:`mate.layers.checkpoints`). No biases.
 
-    ``A_log`` and ``dt_bias`` stay fp32 whatever dtype the module is moved to, since the decays of
-    thousands of tokens multiply, and carry ``_no_weight_decay = True`` for optimizers that look.
+    ``A_log`` and ``dt_bias`` stay fp32 whatever 16-bit dtype the module is moved to, since the
+    decays of thousands of tokens multiply, and carry ``_no_weight_decay = True`` for optimizers
+    that look. A new layer has A_log = log U(1, 16) (0 with ``lower_bound``) and
+    softplus(dt_bias) = exp U(log 1e-3, log 1e-1): Mamba-2's (arXiv 2405.21060), which
+    flash-linear-attention and transformers take for Kimi Linear; matrices are normal(0, 0.02).
+
+    ``torch.compile(fullgraph=True)`` and ``torch.export`` keep B, T and the number of documents
+    symbolic. An exported program has no cache.
 
     Args:
         hidden_size: Width of the model.
@@ -81,17 +87,20 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
         head_dim: Key and value size of a head; 128.
         num_v_heads: Value heads, a multiple of ``num_heads``, which share q and k in groups.
             Default: ``num_heads``.
-        conv_size: Taps W of the short convolutions.
+        conv_size: Taps W of the short convolutions; above 8 they run in plain PyTorch.
         lower_bound: None: the softplus gate of the released Kimi Linear checkpoints. A negative
-            float: the bounded gate, with that smallest log-decay per token (GLM and K3: -5).
+            float: the bounded gate, with that smallest log-decay per token (GLM and K3: -5, which
+            is the default of :func:`mate.chunk_kda`, but not here).
         allow_neg_eigval: Writing strength 2 * sigmoid instead of sigmoid.
         norm_eps: Epsilon of the output norm.
-        layer_idx: This layer's place in a cache; needed to use one.
+        layer_idx: This layer's place in a cache; needed to use one. Layers that share a cache need
+            different ones: with the same they would overwrite each other's states unnoticed.
         device: Device of the parameters.
         dtype: Dtype of the parameters except A_log and dt_bias.
 
     Raises:
-        ValueError: head_dim is not 128, the heads do not divide, or lower_bound is not negative.
+        ValueError: A size is not positive, head_dim is not 128, the heads do not divide, or
+            lower_bound is not negative.
     """
 
     def __init__(
@@ -110,15 +119,20 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
     ) -> None:
         super().__init__()
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        for name, size in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("conv_size", conv_size),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if head_dim != HEAD_DIM:
             raise ValueError(f"head_dim must be {HEAD_DIM}, which the kernels need; got {head_dim}")
-        if num_heads < 1 or num_v_heads < 1 or num_v_heads % num_heads:
+        if num_v_heads < 1 or num_v_heads % num_heads:
             raise ValueError(
                 "num_v_heads must be a positive multiple of num_heads, "
                 f"got num_v_heads={num_v_heads}, num_heads={num_heads}"
             )
-        if conv_size < 1:
-            raise ValueError(f"conv_size must be at least 1, got {conv_size}")
         if lower_bound is not None and not (math.isfinite(lower_bound) and lower_bound < 0):
             raise ValueError(f"lower_bound must be None or finite and < 0, got {lower_bound}")
         self.hidden_size = hidden_size
@@ -168,13 +182,13 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
         self.dt_bias.copy_(self.initial_dt_bias())
 
     def initial_A_log(self) -> Tensor:
-        """[Hv]: log U(1, 16), or zeros with a lower bound (the bound sets the scale there)."""
+        """[Hv]: log U(1, 16) as in Mamba-2, or zeros with a lower bound, which sets the scale."""
         if self.lower_bound is not None:
             return torch.zeros_like(self.A_log)
         return torch.empty_like(self.A_log).uniform_(1, 16).log()
 
     def initial_dt_bias(self) -> Tensor:
-        """[Hv * K]: softplus of it is exp(U(log 1e-3, log 1e-1)), as in Mamba."""
+        """[Hv * K]: softplus of it is exp(U(log 1e-3, log 1e-1)), as in Mamba-2."""
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         return dt + torch.log(-torch.expm1(-dt))  # softplus^-1(dt), stable for small dt
 
@@ -191,8 +205,8 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
         Args:
             hidden_states: [B, T, hidden], or [1, S, hidden] packed with ``cu_seqlens``.
             attention_mask: 2-D padding mask [B, >= T], 1 for a token and 0 for padding anywhere
-                in the row; the last T columns count. Every row gets exactly what its tokens alone
-                would get, in the cache too; padded positions yield zeros.
+                in the row, not an additive mask; the last T columns count. Every row gets exactly
+                what its tokens alone would get, in the cache too; padded positions yield zeros.
             cache: :class:`mate.layers.KDACache` or a transformers ``Cache``; read, then updated.
                 Several calls on one cache continue the same documents. Needs ``layer_idx``.
             cu_seqlens: [N + 1] integers: document n is hidden_states[0, cu[n]:cu[n + 1]]. The
@@ -203,8 +217,9 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
             [B, T, hidden].
 
         Raises:
-            ValueError: shapes do not fit, the cache holds another number of documents, or mask
-                and cu_seqlens are both given.
+            ValueError: shapes do not fit, the cache holds another number of documents, mask and
+                cu_seqlens are both given, or the mask has negative values.
+            TypeError: hidden_states is not fp16, bf16 or fp32, or an argument not of its type.
         """
         return self.mix(hidden_states, attention_mask, cache, cu_seqlens, cu_seqlens_cpu)
 

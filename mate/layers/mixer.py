@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mate.functional import chunk_kda, recurrent_kda
+from mate.functional.contract import FLOAT_DTYPES, check_cu_seqlens_form
 from mate.functional.decode_step import kda_decode_step
 from mate.layers.cache import LinearCache
 from mate.layers.documents import pack, trailing_mask
 
 MAX_RECURRENT_TOKENS = 16
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class DecodeWeights(NamedTuple):
@@ -31,7 +32,7 @@ class DecodeWeights(NamedTuple):
 def is_plain(module: nn.Module, cls: type) -> bool:
     """Whether calling the module is nothing but ``cls``'s forward: no hook, no wrapper."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is cls and not hooked
+    return type(module) is cls and not hooked and not _has_any_global_hook()
 
 
 class DeltaMixer:
@@ -43,6 +44,7 @@ class DeltaMixer:
     b_proj: Any
     o_norm: Any
     o_proj: Any
+    hidden_size: int
     head_dim: int
     layer_idx: Any
     lower_bound: float | None = None
@@ -78,11 +80,11 @@ class DeltaMixer:
     ) -> Tensor:
         """The whole layer; the arguments are :meth:`KimiDeltaAttention.forward`'s."""
         x = hidden_states
-        if x.dim() != 3:
-            raise ValueError(f"hidden_states must be [B, T, hidden], got shape {tuple(x.shape)}")
+        self._check_input(x)
         if cache is not None:
             self._check_cache(cache)
         if cu_seqlens is not None:
+            check_cu_seqlens_form(cu_seqlens, "cu_seqlens", x.device)
             if attention_mask is not None:
                 raise ValueError(
                     "attention_mask and cu_seqlens exclude each other: a packed batch has no "
@@ -176,12 +178,14 @@ class DeltaMixer:
         rows: q, k, v, gate input, beta, output gate. Both states are updated in place.
         """
         x = rows[0]
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in FUSED_DTYPES:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in FLOAT_DTYPES:
             return None
         weights = self.decode_weights()
         if weights is None or not (conv_state.is_contiguous() and state.is_contiguous()):
             return None
         if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[1]:
+            return None
+        if any(y.dtype not in (x.dtype, torch.float32) for y in (state, *rows[3:])):
             return None
         q, k, v, g, beta, gate = rows
         q_weight, k_weight, v_weight = weights.convs
@@ -226,7 +230,23 @@ class DeltaMixer:
         finals = [final for _, final in done if final is not None]
         return [y for y, _ in done], torch.cat(finals, dim=1) if finals else None
 
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"hidden_states must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states must be [B, T, hidden={self.hidden_size}], "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"hidden_states must be fp16, bf16 or fp32, got {x.dtype}")
+
     def _check_cache(self, cache: LinearCache) -> None:
+        if not hasattr(cache, "get_recurrent_state"):
+            raise TypeError(
+                "cache must be a mate.layers.KDACache or a transformers Cache, "
+                f"got {type(cache).__name__}"
+            )
         if self.layer_idx is None:
             raise ValueError(
                 "cache was given to a layer with layer_idx=None: give every layer of a model its "
@@ -270,7 +290,8 @@ class DeltaMixer:
     def _write_decoded(self, cache: LinearCache, conv_state: Tensor, state: Tensor) -> None:
         """The states were updated in place: news only to a cache that does not hold these."""
         assert self.layer_idx is not None
-        if cache.get_conv_state(self.layer_idx) is not conv_state:
+        held = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+        if held[0] is not conv_state or held[1] is not state:
             self._write(cache, conv_state, state, state.shape[0])
 
 

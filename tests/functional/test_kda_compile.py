@@ -38,6 +38,15 @@ def test_opcheck_out_and_backward():
     torch.library.opcheck(torch.ops.mate.kda_backward.default, (output, state, *inputs))
 
 
+def test_opcheck_with_a_permuted_state():
+    case = draw(B=2, T=17, Hqk=2, Hv=2)
+    case.tensors["initial_state"] = case.tensors["initial_state"].transpose(0, 1)
+    inputs = op_inputs(case, False)
+    output, state = torch.zeros(2, 17, 2, 128), torch.zeros(2, 2, 128, 128)
+    torch.library.opcheck(torch.ops.mate.kda.default, (*inputs, True))
+    torch.library.opcheck(torch.ops.mate.kda_backward.default, (output, state, *inputs))
+
+
 def layer(q, k, v, g, beta, A_log, dt_bias, initial_state):
     output, state = mate.chunk_kda(
         2 * q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state,

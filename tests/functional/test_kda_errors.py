@@ -40,7 +40,7 @@ def test_the_good_call_passes():
 
 
 SHAPES = {
-    "q rank": ({"q": zeros(6, 2, D)}, r"q .*\[B, T, Hqk, 128\].*\[6, 2, 128\]"),
+    "q rank": ({"q": zeros(6, 2, D)}, r"q .*\[B, T, Hqk, 128\].*\[6, 2, 128\].*pass cu_seqlens"),
     "q head dim": ({"q": zeros(2, 6, 2, 64)}, r"q .*head dimension 128.*64"),
     "k shape": ({"k": zeros(2, 5, 2, D)}, r"k .*q\.shape = \[2, 6, 2, 128\].*\[2, 5, 2, 128\]"),
     "v tokens": ({"v": zeros(2, 5, 4, D)}, r"v .*\[2, 6\].*\[2, 5, 4, 128\]"),
@@ -49,7 +49,14 @@ SHAPES = {
     "g shape": ({"g": zeros(2, 6, 2, D)}, r"g .*v\.shape.*\[2, 6, 2, 128\]"),
     "beta shape": ({"beta": zeros(2, 6, 4, 1)}, r"beta .*v\.shape\[:-1\].*\[2, 6, 4, 1\]"),
     "A_log shape": ({"A_log": zeros(2)}, r"A_log .*\[Hv\] = \[4\].*\[2\]"),
-    "dt_bias shape": ({"dt_bias": zeros(4, 64)}, r"dt_bias .*\[Hv, 128\].*\[4, 64\]"),
+    "dt_bias shape": (
+        {"dt_bias": zeros(4, 64)},
+        r"dt_bias .*\[Hv \* 128\] or \[Hv, 128\] = \[4, 128\], got \[4, 64\]",
+    ),
+    "dt_bias length": (
+        {"dt_bias": zeros(500)},
+        r"dt_bias .*\[Hv, 128\] or \[Hv \* 128\] = \[512\], got \[500\]",
+    ),
     "A_log alone": ({"dt_bias": None}, r"A_log without dt_bias"),
     "dt_bias alone": ({"A_log": None}, r"dt_bias without A_log"),
     "lower_bound sign": ({"lower_bound": 0.0}, r"lower_bound .*negative.*0\.0"),
@@ -176,7 +183,39 @@ def test_overwriting_where_gradients_are_needed(operator, name):
     assert not buffer[name].isnan().any()
 
 
-def test_output_that_is_an_input():
+@pytest.mark.parametrize("name", ["q", "k", "v", "g"])
+def test_output_that_is_an_input(name):
     case = draw(B=1, T=6)
-    with pytest.raises(ValueError, match=r"output .*must not be the memory of v"):
-        mate.chunk_kda(**case.kwargs(), output=case.tensors["v"])
+    with pytest.raises(ValueError, match=rf"output must not overlap {name}"):
+        mate.chunk_kda(**case.kwargs(), output=case.tensors[name])
+
+
+def test_written_memory_that_overlaps():
+    case = draw(B=1, T=6, Hv=2, Hqk=2)
+    kwargs = case.kwargs()
+    values = torch.randn(1, 7, 2, 128)
+    with pytest.raises(ValueError, match=r"output must not overlap v"):
+        mate.chunk_kda(**kwargs | {"v": values[:, :6]}, output=values[:, 1:])
+    states = torch.randn(2, 2, 128, 128)
+    before = states.clone()
+    with pytest.raises(ValueError, match=r"final_state must not overlap initial_state"):
+        mate.chunk_kda(
+            **kwargs | {"initial_state": states[:1]}, final_state=states.view(-1)[64:][: 2 * 128**2]
+            .view(1, 2, 128, 128)
+        )  # fmt: skip
+    assert torch.equal(states, before)
+    state = states.view(-1)[: 6 * 2 * 128].view(1, 6, 2, 128)
+    with pytest.raises(ValueError, match=r"final_state must not overlap output"):
+        mate.chunk_kda(**kwargs, output=state, final_state=states[:1])
+    # beside one another in the same buffer, or in turns, is fine
+    mate.chunk_kda(**kwargs | {"initial_state": states[:1]}, final_state=states[1:])
+    both = torch.randn(1, 6, 2, 256)
+    v, output = both[..., :128], both[..., 128:]
+    expected = mate.chunk_kda(**kwargs | {"v": v.clone()})
+    assert torch.equal(mate.chunk_kda(**kwargs | {"v": v}, output=output), expected)
+
+
+def test_a_copy_of_cu_seqlens_that_differs():
+    case = draw(lens=[4, 8])
+    with pytest.raises(ValueError, match=r"cu_seqlens_cpu must hold .*\[0, 4, 12\].*\[0, 9, 12\]"):
+        mate.chunk_kda(**case.kwargs(), cu_seqlens_cpu=torch.tensor([0, 9, 12]))

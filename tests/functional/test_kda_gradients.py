@@ -146,3 +146,38 @@ def test_only_what_is_asked():
     (sum_of_both,) = torch.autograd.grad(both[0].sum() + both[1].sum(), inputs["v"])
     assert rel_rms(only_state + only_output, sum_of_both) < 1e-6
     assert only_state.abs().max() > 0 and inputs["q"].grad is None
+
+
+@pytest.mark.parametrize("operator", [mate.chunk_kda, mate.recurrent_kda])
+def test_second_derivatives_are_refused(operator):
+    """First-order gradients with create_graph are right; going through them is an error."""
+    case = draw(T=20)
+    v = case.tensors["v"].requires_grad_()
+    (plain,) = torch.autograd.grad(operator(**case.kwargs()).square().sum(), v)
+    (grad,) = torch.autograd.grad(operator(**case.kwargs()).square().sum(), v, create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_autocast_rounds_nothing(dtype, monkeypatch):
+    """The operator's dtypes are its inputs', inside an autocast region too."""
+    monkeypatch.setenv("MATE_DISABLE", "native")
+    case = draw(T=70, gate="softplus", regime="remembering", dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = mate.chunk_kda(**case.kwargs(), output_final_state=True)
+        expected = case.reference()
+        assert rel_rms(output, expected[0]) <= BOUNDS[dtype][0]
+        assert rel_rms(state, expected[1]) <= 1e-5
+        check(case)
+
+
+def test_autograd_sees_what_was_overwritten():
+    case = draw(T=1)
+    state, weight = case.tensors["initial_state"], torch.randn(128, requires_grad=True)
+    loss = (state * weight).sum()
+    with torch.no_grad():
+        mate.recurrent_kda(**case.kwargs(), final_state=state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

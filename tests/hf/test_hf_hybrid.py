@@ -6,7 +6,18 @@ import sys
 
 import pytest
 import torch
-from hf_models import ATTENTION, KDA, VOCABULARY, hybrid, hybrid_config, prompt, rel
+from hf_models import (
+    ATTENTION,
+    KDA,
+    PACKING,
+    VOCABULARY,
+    check_packing_arguments,
+    check_packing_errors,
+    hybrid,
+    hybrid_config,
+    prompt,
+    rel,
+)
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -131,6 +142,23 @@ def test_packed_position_ids(model):
     with torch.no_grad():
         expected = torch.cat([model(part).logits for part in ids.split(lengths, 1)], dim=1)
         assert rel(model(ids, position_ids=position_ids).logits, expected) < BOUND
+
+
+@pytest.mark.parametrize("kind", PACKING)
+def test_packing_arguments(model, kind):
+    check_packing_arguments(model, model, kind)
+
+
+def test_packed_gradients_stay_in_their_document(mixed):
+    ids = prompt(1, 24)
+    embedded = mixed.get_input_embeddings()(ids).detach().requires_grad_()
+    bounds = torch.tensor([0, 9, 24])
+    mixed(inputs_embeds=embedded, cu_seqlens=bounds).logits[:, 9:].square().sum().backward()
+    assert (embedded.grad[:, :9] == 0).all() and (embedded.grad[:, 9:] != 0).any()
+
+
+def test_packing_errors(mixed):
+    check_packing_errors(mixed)
 
 
 def test_assisted_generation_is_refused(model):
@@ -313,4 +341,4 @@ def test_import_without_transformers_names_the_remedy():
     code = "import sys; sys.modules['transformers'] = None; import mate.hf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "ImportError: mate.hf needs transformers: pip install mate-kda[hf]" in done.stderr
+    assert "ImportError: mate.hf needs transformers: pip install '.[hf]'" in done.stderr

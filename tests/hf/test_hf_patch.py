@@ -4,12 +4,21 @@ import copy
 
 import pytest
 import torch
-from hf_models import kimi, prompt, rel
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from hf_models import (
+    PACKING,
+    check_packing_arguments,
+    check_packing_errors,
+    kimi,
+    prompt,
+    rel,
+)
 from transformers import DynamicCache, KimiLinearForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
 from mate.hf import patch, unpatch
 from mate.layers import KDACache, KimiDeltaAttention
+from mate.layers.mixer import DeltaMixer
 
 BOUND = 1e-5
 
@@ -165,6 +174,18 @@ def test_packed_position_ids(original, patched, rows):
         assert rel(patched(ids, position_ids=offset).logits, original(ids).logits) < BOUND
 
 
+@pytest.mark.parametrize("kind", PACKING)
+def test_packing_arguments_of_the_model(original, patched, kind):
+    check_packing_arguments(patched, original, kind)
+
+
+def test_packing_errors(patched):
+    check_packing_errors(patched)
+    ids, positions = prompt(1, 24), torch.arange(24)[None]
+    with pytest.raises(ValueError, match="position_ids must start over"):
+        patched.model(ids, None, positions, cu_seqlens=torch.tensor([0, 9, 24]))
+
+
 @pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q", "seq_idx"])
 def test_packing_arguments_reach_the_layer(original, patched, name):
     lengths = [9, 1, 14]
@@ -232,6 +253,9 @@ def test_errors(original):
     )  # fmt: skip
     with pytest.raises(ValueError, match="KimiLinearDeltaAttention.*got LlamaForCausalLM"):
         patch(llama)
+    for function in (patch, unpatch):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+            function("path/to/a/model")
     small = kimi(head_dim=64)
     with pytest.raises(ValueError, match=r"head_dim must be 128.*got 64 in model\.layers\.0"):
         patch(small)
@@ -253,3 +277,30 @@ def test_rollback_is_refused(patched):
         patched(prompt(1, 5), past_key_values=cache)
     with pytest.raises(ValueError, match="stateful"):
         generate(patched, prompt(1, 5), prompt_lookup_num_tokens=2)
+
+
+def test_layers_that_accelerate_wraps(original, monkeypatch):
+    """Offloading keeps a bound forward on the module: the swapped class must reach it."""
+    model, ids = copy.deepcopy(original), prompt(2, 9)
+    expected = model(ids).logits
+    for index in (0, 2):
+        add_hook_to_module(model.model.layers[index].self_attn, ModelHook())
+    calls = []
+    mix = DeltaMixer.mix
+    monkeypatch.setattr(DeltaMixer, "mix", lambda *a, **k: calls.append(1) or mix(*a, **k))
+    patch(model)
+    assert rel(model(ids).logits, expected) < BOUND and len(calls) == 2
+    unpatch(model)
+    assert torch.equal(model(ids).logits, expected) and len(calls) == 2
+    for index in (0, 2):
+        remove_hook_from_module(model.model.layers[index].self_attn)
+    patch(model)
+    assert rel(model(ids).logits, expected) < BOUND and len(calls) == 4
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused(original):
+    model = copy.deepcopy(original)
+    model.model.layers[2].self_attn.forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.forward must be"):
+        patch(model)
+    assert not any(isinstance(module, DeltaMixer) for module in model.modules())

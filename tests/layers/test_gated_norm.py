@@ -42,3 +42,10 @@ def test_errors_name_the_argument():
         gated_rms_norm(x, x[:2], torch.ones(128))
     with pytest.raises(ValueError, match="weight must be"):
         gated_rms_norm(x, x, torch.ones(64))
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(4, 128, requires_grad=True)
+    (grad,) = torch.autograd.grad(gated_rms_norm(x, x, torch.ones(128)).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.square().sum().backward()

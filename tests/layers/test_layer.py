@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from layer_truth import make_layer, parameters64, rel, truth
+from torch._dynamo.testing import CompileCounter
 
 from mate.layers import KDACache, KimiDeltaAttention
 
@@ -373,6 +374,60 @@ def test_compiles_without_a_graph_break():
         assert rel(a, b) < 1e-5
 
 
+class Called(torch.nn.Module):
+    """A layer called with one optional argument, for torch.export."""
+
+    def __init__(self, layer, name):
+        super().__init__()
+        self.layer, self.name = layer, name
+
+    def forward(self, x, given):
+        return self.layer(x, **{self.name: given})
+
+
+@pytest.mark.parametrize("argument", ["attention_mask", "cu_seqlens"])
+def test_exports_with_dynamic_lengths(argument):
+    """Any T from 1 on, and any number of documents; padding too."""
+    layer = make_layer()
+
+    def inputs(length):
+        x = torch.randn(2, length, HIDDEN)
+        if argument == "cu_seqlens":
+            return x[:1], torch.tensor([0, length // 2, length, length])
+        mask = torch.ones(2, length, dtype=torch.int64)
+        mask[1, : length // 2] = 0
+        return x, mask
+
+    length = torch.export.Dim("length", min=1, max=4096)
+    of_given = {0: torch.export.Dim.DYNAMIC} if argument == "cu_seqlens" else {1: length}
+    program = torch.export.export(
+        Called(layer, argument), inputs(20), dynamic_shapes=({1: length}, of_given)
+    )
+    for T in (1, 2, 77):
+        x, given = inputs(T)
+        got = program.module()(x, given)
+        assert rel(got, layer(x, **{argument: given})) < 1e-6
+
+
+def test_compiles_padding_once_for_all_lengths():
+    torch._dynamo.reset()
+    layer, counter = make_layer(), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for T in range(11, 16):
+        mask = torch.ones(2, T)
+        mask[0, :7] = 0
+        compiled(torch.randn(2, T, HIDDEN), mask)
+    assert counter.frame_count == 1
+
+
+def test_second_derivatives_are_refused():
+    layer = make_layer()
+    x = torch.randn(1, 6, HIDDEN, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.square().sum().backward()
+
+
 def test_empty_inputs():
     layer = make_layer()
     assert layer(torch.randn(2, 0, HIDDEN)).shape == (2, 0, HIDDEN)
@@ -393,6 +448,8 @@ def test_layers_share_a_cache_by_index():
 
 def test_constructor_errors():
     for match, options in (
+        ("num_heads must be at least 1, got 0", {"num_heads": 0}),
+        ("hidden_size must be at least 1, got 0", {"hidden_size": 0}),
         ("head_dim must be 128.*got 64", {"head_dim": 64}),
         ("num_v_heads must be.*num_v_heads=3", {"num_v_heads": 3}),
         ("conv_size must be.*got 0", {"conv_size": 0}),
@@ -400,7 +457,7 @@ def test_constructor_errors():
         ("lower_bound must be.*got -inf", {"lower_bound": -torch.inf}),
     ):
         with pytest.raises(ValueError, match=match):
-            KimiDeltaAttention(HIDDEN, 2, **options)
+            KimiDeltaAttention(**{"hidden_size": HIDDEN, "num_heads": 2} | options)
 
 
 def test_call_errors():
@@ -411,6 +468,7 @@ def test_call_errors():
         layer(x, cache=cache)
     for match, call in (
         ("hidden_states must be", lambda: layer(x[0])),
+        (r"hidden_states must be .*hidden=48\], got .*40\)", lambda: layer(x[..., :40])),
         ("attention_mask must be", lambda: layer(x, mask[:, :5])),
         ("attention_mask must be", lambda: layer(x, mask[:, None, None])),
         ("exclude each other", lambda: layer(x[:1], mask[:1], cu_seqlens=cu_seqlens)),
@@ -418,8 +476,27 @@ def test_call_errors():
         ("cache holds 2 documents.*this call brings 1", lambda: layer(x[:1], None, cache)),
         ("layer_idx=None", lambda: KimiDeltaAttention(HIDDEN, 1)(x, None, KDACache())),
         ("cu_seqlens must end", lambda: layer(x[:1], cu_seqlens=torch.tensor([0, 5]))),
+        ("cu_seqlens must have shape", lambda: layer(x[:1], cu_seqlens=torch.tensor(6))),
+        ("attention_mask .*negative", lambda: layer(x, -1e9 * mask)),
+        ("attention_mask .*negative", lambda: layer(x, -torch.inf * mask)),
     ):
         with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_call_type_errors():
+    layer, double = make_layer(), make_layer().double()
+    x = torch.randn(1, 6, HIDDEN)
+    for match, call in (
+        ("hidden_states must be a torch.Tensor, got list", lambda: layer([1.0])),
+        ("hidden_states must be fp16.*got torch.int64", lambda: layer(x.long())),
+        ("hidden_states must be fp16.*got torch.float64", lambda: double(x.double())),
+        ("attention_mask must be a torch.Tensor, got KDACache", lambda: layer(x, KDACache())),
+        ("cache must be a mate.layers.KDACache.*got dict", lambda: layer(x, cache={})),
+        ("cu_seqlens must be a torch.Tensor, got list", lambda: layer(x, cu_seqlens=[0, 6])),
+        ("cu_seqlens must be torch.int32.*float32", lambda: layer(x, cu_seqlens=torch.zeros(2))),
+    ):
+        with pytest.raises(TypeError, match=match):
             call()
 
 

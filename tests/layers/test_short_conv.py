@@ -122,3 +122,11 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=match):
             short_conv(*arguments)
+
+
+def test_second_derivatives_are_refused():
+    x, weight, _ = make((2, 5, CHANNELS), 4, state=False)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(short_conv(x, weight)[0].sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.square().sum().backward()

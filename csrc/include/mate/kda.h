@@ -52,13 +52,12 @@ int32_t mate_abi_version(void);
 // Runs the forward pass and returns a mate_status. One parallel region.
 int32_t mate_kda_forward(const mate_kda_args* args);
 
-// The instruction set in use: "portable", "avx2", "avx512", "amx". "amx" serves fp16 and bf16 inputs
-// with bf16 operands and fp32 accumulation, state and triangular solve: relative errors up to 4e-3
-// instead of 1e-6, more for nearly identical keys. fp32 inputs, single tokens and short sequences
-// run the "avx512" kernels within it. It needs Linux's permission for tile registers, asked for once
-// a process.
-// mate_cpu_use_isa chooses one by name (null: the best that the processor has) and returns
-// MATE_UNSUPPORTED where it cannot run.
+// The instruction set in use: "portable", "avx2", "avx512", "amx". "amx" serves fp16 and bf16
+// inputs with bf16 operands and fp32 accumulation, state and triangular solve: relative errors up
+// to 4e-3 instead of 1e-6, more for nearly identical keys. fp32 inputs, single tokens and short
+// sequences run the "avx512" kernels within it. It needs Linux's permission for tile registers,
+// asked for once a process. mate_cpu_use_isa chooses one by name (null: the best that the processor
+// has) and returns MATE_UNSUPPORTED where it cannot run.
 const char* mate_cpu_isa(void);
 int32_t mate_cpu_use_isa(const char* name);
 

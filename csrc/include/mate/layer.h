@@ -9,7 +9,6 @@
 extern "C" {
 #endif
 
-#define MATE_LAYER_ABI_VERSION 1
 #define MATE_MAX_CONV_WIDTH 8
 
 // Rows of contiguous elements, `stride` elements apart.
@@ -56,8 +55,6 @@ typedef struct {
   float scale, lower_bound, norm_eps;
   int32_t width, gate, flags, threads;
 } mate_decode_args;
-
-int32_t mate_layer_abi_version(void);
 
 // Each runs in at most one parallel region and returns a mate_status.
 int32_t mate_short_conv(const mate_short_conv_args* args);
