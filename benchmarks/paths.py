@@ -24,12 +24,12 @@ native.use_isa(BEST)
 
 
 def on(isa: str | None) -> str:
-    """The name of mate's path on an instruction set, gate and sigmoid inside."""
+    """The name of mate's path on an instruction set, given exactly what transformers gets."""
     return f"mate, {isa or 'pytorch'}"
 
 
-THEIRS, FUSED = "transformers", on(BEST)
-STRICT = f"{FUSED}, transformers' inputs"
+THEIRS, STRICT = "transformers", on(BEST)
+FUSED = f"{STRICT}, gate inside"
 TOKENWISE_ISA = "avx512" if "avx512" in ISAS else BEST
 TOKENWISE = f"token by token, {TOKENWISE_ISA}"
 
@@ -103,13 +103,13 @@ def draw(
     return Case(*streams, A_log, dt_bias, None if gate == "softplus" else -5.0, state)
 
 
-def forced(isa: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
+def forced(isa: str | None, call: Callable[..., Any]) -> Callable[..., Any]:
     """The call on one instruction set."""
 
-    def run() -> Any:
+    def run(**options: Any) -> Any:
         native.use_isa(isa)
         try:
-            return call()
+            return call(**options)
         finally:
             native.use_isa(BEST)
 
@@ -128,18 +128,17 @@ def on_threads(count: int, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def prefill_path(name: str, case: Case) -> Callable[[], Any]:
+def prefill_path(name: str, case: Case) -> Callable[..., Any]:
     if name == THEIRS:
         return partial(chunk_kimi_delta_attention, **case.theirs())
-    if name == STRICT:
-        return partial(mate.chunk_kda, **case.strict(), output_final_state=True)
     kda = mate.recurrent_kda if name == TOKENWISE else mate.chunk_kda
     isa = TOKENWISE_ISA if name == TOKENWISE else {on(x): x for x in ISAS}.get(name, BEST)
-    return forced(isa, partial(kda, **case.fused(), output_final_state=True))
+    arguments = case.fused() if name == FUSED else case.strict()
+    return forced(isa, partial(kda, **arguments, output_final_state=True))
 
 
 def prefill_paths(case: Case) -> dict[str, Callable[[], Any]]:
-    names = (THEIRS, TOKENWISE, *map(on, ISAS or [None]), STRICT)
+    names = (THEIRS, TOKENWISE, *map(on, ISAS or [None]), FUSED)
     return {name: prefill_path(name, case) for name in names}
 
 
