@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kda_cases import one_thread, rel_rms
 from torch import Tensor
 
 from mate.backends import native, native_layer
@@ -45,11 +46,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def rel(got: Tensor, expected: Tensor) -> float:
-    error = (got.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-    return error.nan_to_num(nan=math.inf).item()
-
-
 class Guarded:
     """Copies of tensors in the middle of larger buffers, whose edges are checked afterwards."""
 
@@ -81,6 +77,7 @@ class Guarded:
 # ---- short convolution --------------------------------------------------------------------------
 
 
+@one_thread()
 def conv_truth(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """x [T, C] to (y [T, C], final state [C, W]) in float64."""
     (channels, width), x = weight.shape, x.double()
@@ -117,7 +114,7 @@ def check_conv(x: Tensor, weight: Tensor, state: Tensor | None, lens: list[int] 
             past = None if state is None else state[n]
             expected, window = conv_truth(document, weight, past)
             assert torch.equal(final[n].double(), window)
-            assert rel(result, expected) < ROUNDING[x.dtype]
+            assert rel_rms(result, expected) < ROUNDING[x.dtype]
 
 
 @pytest.mark.parametrize("channels", [1, 6, 131, 300, 1100])
@@ -131,7 +128,7 @@ def test_convolutions_of_every_width(channels: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=str)
-@pytest.mark.parametrize("lens", [[3, 0, 1, 170, 2, 64, 65], [0, 0], [0], [1] * 40], ids=str)
+@pytest.mark.parametrize("lens", [[3, 0, 1, 170, 2, 64, 65], [0, 0], [0], [1] * 40], ids=len)
 def test_packed_convolutions(lens: list[int], dtype: torch.dtype, isa: str, threads: int) -> None:
     torch.manual_seed(0)
     for width, has_state in itertools.product((1, 4, 7), (False, True)):
@@ -191,7 +188,7 @@ def test_gated_norm(dtype: torch.dtype, dim: int, isa: str, threads: int) -> Non
         guard.check()
         normed = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
         expected = normed * weight.double() * torch.sigmoid(gate.double())
-        assert rel(output, expected) < ROUNDING[dtype] if x.numel() else True
+        assert rel_rms(output, expected) < ROUNDING[dtype] if x.numel() else True
 
 
 def test_gated_norm_keeps_nan_in_its_row(isa: str) -> None:
@@ -231,6 +228,7 @@ def draw_step(
     return t | {"A_log": torch.rand(heads[1]), "dt_bias": torch.randn(values) - 2}
 
 
+@one_thread()
 def decode_truth(
     t: dict[str, Tensor], lower_bound: float | None, neg: bool, v_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,8 +271,8 @@ def check_step(t: dict[str, Tensor], *options: Any) -> None:
     output, window, state = run_step(t, *options)
     expected, expected_window, expected_state = decode_truth(t, *options)
     assert torch.equal(window.double(), expected_window)
-    assert rel(output, expected) < 2 * ROUNDING[output.dtype]
-    assert rel(state, expected_state) < 2 * ROUNDING[state.dtype]
+    assert rel_rms(output, expected) < 2 * ROUNDING[output.dtype]
+    assert rel_rms(state, expected_state) < 2 * ROUNDING[state.dtype]
 
 
 @pytest.mark.parametrize("v_first", [True, False], ids=["value-first", "key-first"])

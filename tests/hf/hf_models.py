@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from kda_cases import rel_rms
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
 from mate.hf import MateLlamaConfig, MateLlamaForCausalLM
@@ -19,14 +20,6 @@ TOKENS = {
     "eos_token_id": None,
     "initializer_range": 0.1,
 }
-
-
-def rel(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS error; NaN counts as infinitely wrong."""
-    got, expected = got.detach().double(), expected.detach().double()
-    assert got.shape == expected.shape
-    error = (got - expected).norm() / expected.norm().clamp_min(1e-30)
-    return error.nan_to_num(nan=torch.inf).item()
 
 
 def kimi(head_dim: int = 128, seed: int = 0) -> KimiLinearForCausalLM:
@@ -101,7 +94,7 @@ def check_packing_arguments(model: torch.nn.Module, alone: torch.nn.Module, kind
             got = model(ids, **packing(kind, lengths, rows))
             parts = [part for part in ids.split(lengths, 1) if part.numel()]
             expected = torch.cat([alone(part).logits for part in parts], 1)
-        assert rel(got.logits, expected) < 1e-5 and got.past_key_values is None
+        assert rel_rms(got.logits, expected) < 1e-5 and got.past_key_values is None
 
 
 def check_packing_errors(model: torch.nn.Module) -> None:

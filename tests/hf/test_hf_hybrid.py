@@ -16,8 +16,8 @@ from hf_models import (
     hybrid,
     hybrid_config,
     prompt,
-    rel,
 )
+from kda_cases import rel_rms
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -86,7 +86,7 @@ def test_a_cache_of_ones_own(model):
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 4], dim=1)]
-        assert rel(torch.cat(parts, 1), model(ids).logits) < BOUND
+        assert rel_rms(torch.cat(parts, 1), model(ids).logits) < BOUND
         assert cache.get_seq_length() == 12
     expected = generate(model, ids)
     cache = DynamicCache(config=model.config)
@@ -110,7 +110,7 @@ def test_cache_batches_can_be_selected_and_repeated(model):
         cache.batch_repeat_interleave(2)
         got = model(token, past_key_values=cache).logits[:, -1]
         whole = torch.cat([ids[[2, 2, 0, 0]], token], dim=1)
-        assert rel(got, model(whole).logits[:, -1]) < BOUND
+        assert rel_rms(got, model(whole).logits[:, -1]) < BOUND
         with pytest.raises(ValueError, match="crop cannot take tokens back"):
             cache.crop(-1)
 
@@ -132,7 +132,7 @@ def test_padding(model, rows):
             keep = mask[b].bool()
             alone = model(torch.cat([ids[b, keep], token[b]])[None]).logits[0]
             got = torch.cat([out.logits[b, keep], step.logits[b]])
-            assert rel(got, alone) < BOUND
+            assert rel_rms(got, alone) < BOUND
 
 
 def test_packed_position_ids(model):
@@ -141,7 +141,7 @@ def test_packed_position_ids(model):
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
     with torch.no_grad():
         expected = torch.cat([model(part).logits for part in ids.split(lengths, 1)], dim=1)
-        assert rel(model(ids, position_ids=position_ids).logits, expected) < BOUND
+        assert rel_rms(model(ids, position_ids=position_ids).logits, expected) < BOUND
 
 
 @pytest.mark.parametrize("kind", PACKING)
@@ -201,7 +201,7 @@ def test_bf16_loading_keeps_the_decays_exact(mixed, tmp_path):
         assert layer.q_proj.weight.dtype == layer.o_norm.weight.dtype == torch.bfloat16
     ids = prompt(2, 9)
     with torch.no_grad():
-        assert rel(load().eval()(ids).logits, mixed(ids).logits) < 0.05
+        assert rel_rms(load().eval()(ids).logits, mixed(ids).logits) < 0.05
         low = MateLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
         assert generate(low, ids).shape == (2, 16)
 
@@ -307,7 +307,7 @@ def test_compiles_without_a_graph_break():
         compiled(ids[:, :10], past_key_values=cache)
         for t in (10, 11):
             last = compiled(ids[:, t : t + 1], past_key_values=cache).last_hidden_state
-        assert rel(last, model.model(ids).last_hidden_state[:, -1:]) < BOUND
+        assert rel_rms(last, model.model(ids).last_hidden_state[:, -1:]) < BOUND
 
 
 def test_config(tmp_path):

@@ -11,8 +11,8 @@ from hf_models import (
     check_packing_errors,
     kimi,
     prompt,
-    rel,
 )
+from kda_cases import rel_rms
 from transformers import DynamicCache, KimiLinearForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
@@ -47,13 +47,13 @@ def test_layer_equals_transformers_layer(original, cache_type):
     cache = DynamicCache(config=original.config)
     own = KDACache() if cache_type == "ours" else DynamicCache(config=original.config)
     with torch.no_grad():
-        assert rel(ours(x, cache=own), theirs(x, cache_params=cache)) < BOUND
+        assert rel_rms(ours(x, cache=own), theirs(x, cache_params=cache)) < BOUND
         for part in (x[:, :1], x[:, 1:4], x[:, 4:30]):
-            assert rel(ours(part, cache=own), theirs(part, cache_params=cache)) < BOUND
+            assert rel_rms(ours(part, cache=own), theirs(part, cache_params=cache)) < BOUND
     state = own.get_recurrent_state(2)
     state = state.transpose(-1, -2) if cache_type == "ours" else state
-    assert rel(state, cache.get_recurrent_state(2)) < BOUND
-    assert rel(own.get_conv_state(2), cache.get_conv_state(2)) < BOUND
+    assert rel_rms(state, cache.get_recurrent_state(2)) < BOUND
+    assert rel_rms(own.get_conv_state(2), cache.get_conv_state(2)) < BOUND
 
     up = torch.randn_like(x)
     (ours(x) * up).sum().backward()
@@ -68,15 +68,15 @@ def test_layer_equals_transformers_layer(original, cache_type):
         (ours.b_proj.weight, theirs.b_proj.weight),
         (ours.o_norm.weight, theirs.o_norm.weight),
     ):
-        assert rel(a.grad, b.grad.view(a.shape)) < 1e-4
+        assert rel_rms(a.grad, b.grad.view(a.shape)) < 1e-4
     convs = [conv.weight.grad for conv in ours.short_convs()]
-    assert rel(torch.cat(convs), theirs.conv1d.weight.grad) < 1e-4
+    assert rel_rms(torch.cat(convs), theirs.conv1d.weight.grad) < 1e-4
 
 
 def test_logits_and_tokens(original, patched):
     ids = prompt(2, 70)
     with torch.no_grad():
-        assert rel(patched(ids).logits, original(ids).logits) < BOUND
+        assert rel_rms(patched(ids).logits, original(ids).logits) < BOUND
     assert torch.equal(generate(patched, ids), generate(original, ids))
     assert torch.equal(generate(patched, ids, num_beams=3), generate(original, ids, num_beams=3))
     assert torch.equal(generate(patched, ids, prefill_chunk_size=30), generate(original, ids))
@@ -91,7 +91,7 @@ def test_gradients(original):
         model(ids, labels=ids).loss.backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         if b.grad is not None:
-            assert rel(a.grad, b.grad) < 1e-4, name
+            assert rel_rms(a.grad, b.grad) < 1e-4, name
 
 
 def test_parameters_are_untouched_and_unpatch_restores(original):
@@ -137,7 +137,7 @@ def test_caches_are_exchangeable(original, patched, first):
             model(ids[:, start:end], past_key_values=cache).logits
             for model, start, end in ((second, 20, 21), (first, 21, 22), (second, 22, 32))
         ]
-        assert rel(torch.cat(parts, 1), original(ids).logits[:, 20:]) < BOUND
+        assert rel_rms(torch.cat(parts, 1), original(ids).logits[:, 20:]) < BOUND
 
 
 @pytest.mark.parametrize("rows", [["1111111100", "1111111111"], ["0001111000", "1100000000"]])
@@ -153,7 +153,7 @@ def test_padded_prefill_then_decoding(original, patched, rows):
             out = patched(token, attention_mask=mask, past_key_values=out.past_key_values)
         for b in range(2):
             alone = torch.cat([ids[b, mask[b, :10].bool()], more[b]])[None]
-            assert rel(out.logits[b, -1], original(alone).logits[0, -1]) < BOUND
+            assert rel_rms(out.logits[b, -1], original(alone).logits[0, -1]) < BOUND
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -164,14 +164,14 @@ def test_packed_position_ids(original, patched, rows):
     with torch.no_grad():
         expected = torch.cat([original(part).logits for part in ids.split(lengths, 1)], dim=1)
         got = patched(ids, position_ids=position_ids)
-        assert rel(got.logits, expected) < BOUND and got.past_key_values is None
+        assert rel_rms(got.logits, expected) < BOUND and got.past_key_values is None
         embedded = patched.get_input_embeddings()(ids)
         got = patched(inputs_embeds=embedded, position_ids=position_ids.expand(rows, -1))
-        assert rel(got.logits, expected) < BOUND
+        assert rel_rms(got.logits, expected) < BOUND
         with pytest.raises(ValueError, match="use_cache must be False"):
             patched(ids, position_ids=position_ids, use_cache=True)
         offset = torch.arange(5, 5 + sum(lengths))[None]
-        assert rel(patched(ids, position_ids=offset).logits, original(ids).logits) < BOUND
+        assert rel_rms(patched(ids, position_ids=offset).logits, original(ids).logits) < BOUND
 
 
 @pytest.mark.parametrize("kind", PACKING)
@@ -197,7 +197,7 @@ def test_packing_arguments_reach_the_layer(original, patched, name):
         got = patched.model.layers[0].self_attn(x, **{name: value})
         layer = original.model.layers[0].self_attn
         expected = torch.cat([layer(part) for part in x.split(lengths, 1)], dim=1)
-    assert rel(got, expected) < BOUND
+    assert rel_rms(got, expected) < BOUND
 
 
 def test_back_propagation_through_a_transformers_cache(original, patched):
@@ -211,7 +211,7 @@ def test_back_propagation_through_a_transformers_cache(original, patched):
     parts = [layer(part, cache_params=cache) for part in x.split([9, 1, 10], dim=1)]
     got = torch.autograd.grad((torch.cat(parts, 1) * up).sum(), parameters)
     for a, b in zip(got, expected, strict=True):
-        assert rel(a, b) < BOUND
+        assert rel_rms(a, b) < BOUND
 
 
 def test_bf16_model_computes_its_gate_in_fp32(original, tmp_path):
@@ -224,7 +224,7 @@ def test_bf16_model_computes_its_gate_in_fp32(original, tmp_path):
     same = KimiLinearForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).float()
     x = torch.randn(2, 40, 64).bfloat16()
     with torch.no_grad():
-        assert rel(layer(x), same.model.layers[0].self_attn(x.float())) < 2e-2
+        assert rel_rms(layer(x), same.model.layers[0].self_attn(x.float())) < 2e-2
 
 
 def test_static_cache(original, patched):
@@ -241,7 +241,7 @@ def test_compiles_without_a_graph_break(original, patched):
         compiled(ids[:, :10], past_key_values=cache)
         for t in (10, 11):
             last = compiled(ids[:, t : t + 1], past_key_values=cache).last_hidden_state
-        assert rel(last, original.model(ids).last_hidden_state[:, -1:]) < BOUND
+        assert rel_rms(last, original.model(ids).last_hidden_state[:, -1:]) < BOUND
 
 
 def test_errors(original):
@@ -289,13 +289,13 @@ def test_layers_that_accelerate_wraps(original, monkeypatch):
     mix = DeltaMixer.mix
     monkeypatch.setattr(DeltaMixer, "mix", lambda *a, **k: calls.append(1) or mix(*a, **k))
     patch(model)
-    assert rel(model(ids).logits, expected) < BOUND and len(calls) == 2
+    assert rel_rms(model(ids).logits, expected) < BOUND and len(calls) == 2
     unpatch(model)
     assert torch.equal(model(ids).logits, expected) and len(calls) == 2
     for index in (0, 2):
         remove_hook_from_module(model.model.layers[index].self_attn)
     patch(model)
-    assert rel(model(ids).logits, expected) < BOUND and len(calls) == 4
+    assert rel_rms(model(ids).logits, expected) < BOUND and len(calls) == 4
 
 
 def test_a_layer_whose_forward_was_replaced_is_refused(original):

@@ -6,18 +6,11 @@ convolution torch's own, the norm spelled out.
 
 import torch
 import torch.nn.functional as F
+from kda_cases import one_thread
 from torch import Tensor
 
 from mate.functional import kda_reference
 from mate.layers import KimiDeltaAttention
-
-
-def rel(got: Tensor, expected: Tensor) -> float:
-    """Relative RMS error; NaN counts as infinitely wrong."""
-    got, expected = got.detach().double(), expected.detach().double()
-    assert got.shape == expected.shape
-    error = (got - expected).norm() / expected.norm().clamp_min(1e-30)
-    return error.nan_to_num(nan=torch.inf).item()
 
 
 def make_layer(hidden: int = 48, heads: int = 2, seed: int = 0, **options) -> KimiDeltaAttention:
@@ -46,12 +39,8 @@ def truth(
     layer: KimiDeltaAttention, x: Tensor, p: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One document x [T, hidden] to (output [T, hidden], conv window [C, W], state [Hv, V, K])."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a token's products are so small that threads only wait
-    try:
+    with one_thread():
         return _truth(layer, x, p)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _truth(

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from layer_truth import make_layer, rel
+from kda_cases import rel_rms
+from layer_truth import make_layer
 from torch import Tensor, nn
 
 from mate.backends import native_layer
@@ -80,7 +81,7 @@ def test_fused_is_the_same_as_step_by_step(
         assert y.shape == t["v"].shape and y.is_contiguous()
         results.append((y, t["conv_state"], t["state"]))
     for a, b in zip(*results, strict=True):
-        assert rel(a, b) < 2e-6
+        assert rel_rms(a, b) < 2e-6
     assert torch.equal(results[0][1], results[1][1])
 
 
@@ -131,7 +132,7 @@ def test_the_layer_decodes_alike_without_it(name: str, monkeypatch: pytest.Monke
     assert len(taken) == 2
     monkeypatch.setattr(DeltaMixer, "_decode", lambda *_: None)
     for a, b in zip(fused, steps(layer, dtype, context()), strict=True):
-        assert a.dtype == b.dtype and rel(a, b) < bound
+        assert a.dtype == b.dtype and rel_rms(a, b) < bound
 
 
 def test_hooks_are_called() -> None:
@@ -150,7 +151,7 @@ def test_hooks_are_called() -> None:
     every.remove()
     assert seen.count("ShortConvolution") == 9 and seen.count("GatedRMSNorm") == 6
     for a, b in zip(expected, found, strict=True):
-        assert rel(a, b) < 2e-6
+        assert rel_rms(a, b) < 2e-6
 
 
 def test_a_state_of_another_dtype_is_refused_on_every_path() -> None:

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from layer_truth import make_layer, parameters64, rel, truth
+from kda_cases import rel_rms
+from layer_truth import make_layer, parameters64, truth
 from torch._dynamo.testing import CompileCounter
 
 from mate.layers import KDACache, KimiDeltaAttention
@@ -49,8 +50,8 @@ def check_cache(layer, cache, documents):
     assert state.dtype == torch.float32
     for n, document in enumerate(documents):
         _, window, final = truth(layer, document)
-        assert rel(conv[n], window) < BOUND
-        assert rel(state[n], final) < BOUND
+        assert rel_rms(conv[n], window) < BOUND
+        assert rel_rms(state[n], final) < BOUND
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -60,7 +61,7 @@ def test_output_and_state(variant):
     cache = KDACache()
     y = layer(x, cache=cache)
     for b in range(2):
-        assert rel(y[b], truth(layer, x[b])[0]) < BOUND
+        assert rel_rms(y[b], truth(layer, x[b])[0]) < BOUND
     check_cache(layer, cache, x)
     with torch.no_grad():
         assert torch.equal(layer(x), y)
@@ -78,7 +79,7 @@ def test_gradients_of_every_parameter(variant):
     loss = sum((truth(layer, x64[b], p)[0] * up[b]).sum() for b in range(2))
     expected = torch.autograd.grad(loss, [x64, *p.values()])
     for name, got, want in zip(["x", *names], grads, expected, strict=True):
-        assert rel(got, want) < 1e-4, name
+        assert rel_rms(got, want) < 1e-4, name
 
 
 @pytest.mark.parametrize("split", [[37], [1] * 8 + [29], [20, 1, 16], [2, 3, 17, 15], [0, 36, 1]])
@@ -89,7 +90,7 @@ def test_any_split_of_a_sequence_is_one_sequence(split):
     with torch.no_grad():
         y = torch.cat([layer(part, cache=cache) for part in x.split(split, dim=1)], dim=1)
     for b in range(2):
-        assert rel(y[b], truth(layer, x[b])[0]) < BOUND
+        assert rel_rms(y[b], truth(layer, x[b])[0]) < BOUND
     check_cache(layer, cache, x)
 
 
@@ -117,7 +118,7 @@ def test_padding(kind, grad, padding_path):
         whole = torch.cat([document, more[b]])
         expected = truth(layer, whole)[0]
         got = torch.cat([y[b, keep[b]], step[b], last[b]])
-        assert rel(got, expected) < BOUND
+        assert rel_rms(got, expected) < BOUND
     check_cache(layer, cache, [torch.cat(pair) for pair in zip(documents, more, strict=True)])
 
 
@@ -150,9 +151,9 @@ def test_padding_gradients(padding_path):
     expected = torch.autograd.grad(loss, [*leaves, *p.values()])
     assert (grads[0][mask == 0] == 0).all()
     for b, want in enumerate(expected[: len(leaves)]):
-        assert rel(grads[0][b, mask[b].bool()], want) < 1e-4
+        assert rel_rms(grads[0][b, mask[b].bool()], want) < 1e-4
     for got, want in zip(grads[1:], expected[len(leaves) :], strict=True):
-        assert rel(got, want) < 1e-4
+        assert rel_rms(got, want) < 1e-4
 
 
 @pytest.mark.parametrize("lengths", [[20], [3, 0, 1, 30, 2], [0, 5, 0], [1, 1, 1]])
@@ -176,7 +177,7 @@ def test_packed_documents(lengths):
     for n, document in enumerate(documents):
         expected = truth(layer, torch.cat([document, more[n]]))[0]
         got = torch.cat([y[0, start : start + lengths[n]], step[n], packed[0, n : n + 1]])
-        assert rel(got, expected) < BOUND
+        assert rel_rms(got, expected) < BOUND
         start += lengths[n]
 
 
@@ -188,7 +189,7 @@ def test_nan_stays_in_its_document():
     assert y[0, 10:20].isnan().all()
     for start in (0, 20):
         document = slice(start, start + 10)
-        assert rel(y[0, document], truth(layer, x[0, document])[0]) < BOUND
+        assert rel_rms(y[0, document], truth(layer, x[0, document])[0]) < BOUND
 
 
 def test_back_propagation_through_a_cache():
@@ -200,7 +201,7 @@ def test_back_propagation_through_a_cache():
     y = torch.cat([layer(part, cache=cache) for part in x.split([9, 1, 14], dim=1)], dim=1)
     got = torch.autograd.grad((y * up).sum(), list(layer.parameters()))
     for a, b in zip(got, expected, strict=True):
-        assert rel(a, b) < BOUND
+        assert rel_rms(a, b) < BOUND
 
     layer(x, cache=cache)
     cache.detach()
@@ -227,7 +228,7 @@ def test_a_state_from_inference_mode_is_not_written_outside_it():
         layer(x[:, :8], cache=cache)
     with torch.no_grad():
         y = layer(x[:, 8:], cache=cache)
-    assert rel(y[0], truth(layer, x[0])[0][8:]) < BOUND
+    assert rel_rms(y[0], truth(layer, x[0])[0][8:]) < BOUND
 
 
 def test_cache_operations():
@@ -279,7 +280,7 @@ def test_16_bit(dtype):
     assert cache.get_recurrent_state(0).dtype == torch.float32
     bound = 3 * torch.finfo(dtype).eps
     for b in range(2):
-        assert rel(y[b], truth(layer, x[b])[0]) < bound
+        assert rel_rms(y[b], truth(layer, x[b])[0]) < bound
     assert torch.equal(layer.A_log, before[0]) and torch.equal(layer.dt_bias, before[1])
 
 
@@ -293,7 +294,7 @@ def test_autocast():
         with torch.no_grad():
             layer(x[:, :1], cache=cache)
     assert y.dtype == torch.bfloat16 and layer.q_proj.weight.dtype == torch.float32
-    assert rel(y[0], truth(layer, x[0])[0]) < 2e-2
+    assert rel_rms(y[0], truth(layer, x[0])[0]) < 2e-2
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
@@ -355,23 +356,23 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 20, HIDDEN)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert rel(compiled(x), layer(x)) < 1e-6
+        assert rel_rms(compiled(x), layer(x)) < 1e-6
         ours, theirs = KDACache(), KDACache()
         layer(x, cache=ours)
         compiled(x, cache=theirs)
         for t in range(3):
             token = x[:, t : t + 1]
-            assert rel(compiled(token, cache=theirs), layer(token, cache=ours)) < 1e-6
-        assert rel(theirs.get_recurrent_state(0), ours.get_recurrent_state(0)) < 1e-6
-        assert rel(theirs.get_conv_state(0), ours.get_conv_state(0)) < 1e-6
+            assert rel_rms(compiled(token, cache=theirs), layer(token, cache=ours)) < 1e-6
+        assert rel_rms(theirs.get_recurrent_state(0), ours.get_recurrent_state(0)) < 1e-6
+        assert rel_rms(theirs.get_conv_state(0), ours.get_conv_state(0)) < 1e-6
         mask = torch.ones(2, 20)
         mask[0, :7], mask[1, 9:12] = 0, 0
-        assert rel(compiled(x, mask), layer(x, mask)) < 1e-6
+        assert rel_rms(compiled(x, mask), layer(x, mask)) < 1e-6
     parameters = list(layer.parameters())
     got = torch.autograd.grad(compiled(x).square().sum(), parameters)
     expected = torch.autograd.grad(layer(x).square().sum(), parameters)
     for a, b in zip(got, expected, strict=True):
-        assert rel(a, b) < 1e-5
+        assert rel_rms(a, b) < 1e-5
 
 
 class Called(torch.nn.Module):
@@ -406,7 +407,7 @@ def test_exports_with_dynamic_lengths(argument):
     for T in (1, 2, 77):
         x, given = inputs(T)
         got = program.module()(x, given)
-        assert rel(got, layer(x, **{argument: given})) < 1e-6
+        assert rel_rms(got, layer(x, **{argument: given})) < 1e-6
 
 
 def test_compiles_padding_once_for_all_lengths():
@@ -443,7 +444,7 @@ def test_layers_share_a_cache_by_index():
     with torch.no_grad():
         parts = [second(first(part, cache=cache), cache=cache) for part in x.split([10, 2], 1)]
     expected = truth(second, truth(first, x[0])[0])[0]
-    assert rel(torch.cat(parts, 1)[0], expected) < BOUND
+    assert rel_rms(torch.cat(parts, 1)[0], expected) < BOUND
 
 
 def test_constructor_errors():

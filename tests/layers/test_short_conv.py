@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_truth import rel
+from kda_cases import rel_rms
 
 from mate.functional.short_conv import short_conv
 
@@ -39,7 +39,7 @@ def test_dense(length, width, state):
     assert y.shape == x.shape and final.shape == (3, CHANNELS, width)
     for b in range(3):
         expected, window = conv_truth(x[b], weight, None if past is None else past[b])
-        assert rel(y[b], expected) < 1e-6
+        assert rel_rms(y[b], expected) < 1e-6
         assert torch.equal(final[b].double(), window.double())
 
 
@@ -55,7 +55,7 @@ def test_documents(lengths, width, state):
     for n, document in enumerate(x[0].split(lengths) if lengths else []):
         expected, window = conv_truth(document, weight, None if past is None else past[n])
         start = sum(lengths[:n])
-        assert rel(y[0, start : start + lengths[n]], expected) < 1e-6
+        assert rel_rms(y[0, start : start + lengths[n]], expected) < 1e-6
         assert torch.equal(final[n].double(), window.double())
 
 
@@ -108,7 +108,7 @@ def test_gradients(lengths, state):
         loss = loss + (yn * up[0, start : start + length]).sum() + (fn * up_final[n]).sum()
         start += length
     for got, expected in zip(grads, torch.autograd.grad(loss, copies), strict=True):
-        assert rel(got, expected) < 1e-6
+        assert rel_rms(got, expected) < 1e-6
 
 
 def test_errors_name_the_argument():
