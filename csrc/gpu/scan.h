@@ -42,21 +42,20 @@ MATE_DEVICE void copy_lower(uint16_t* to, const uint16_t* from) {
   }
 }
 
-// The slice's columns of v; absent tokens are zeros.
+// The slice's columns of v from the first token on; absent ones are zeros.
 template <int kSlice>
-MATE_DEVICE void copy_values(const Params& p, int64_t batch, int64_t token, int tokens,
-                             int64_t head, int column, ScanShared<kSlice>& shared) {
+MATE_DEVICE void copy_values(const Params& p, const uint16_t* first, int tokens, uint16_t* values) {
   constexpr int kPieces = kSlice / 8;
   for (int i = thread_index(); i < kChunk * kPieces; i += ScanShared<kSlice>::kThreads) {
     const int row = i / kPieces, at = i % kPieces * 8;
     const bool present = row < tokens;
-    const char* v = row_at(p.args.v, batch, present ? token + row : token, head);
-    uint16_t* to = Tile<kSlice>{shared.values}.at(row, at);
+    const uint16_t* v = first + (present ? row * p.args.v.stride[1] + at : 0);
+    uint16_t* to = Tile<kSlice>{values}.at(row, at);
     if (p.v_aligned) {
-      copy_async(to, reinterpret_cast<const uint16_t*>(v) + column + at, present);
+      copy_async(to, v, present);
     } else {
       Eight x = {};
-      if (present) x = load_eight(v, column + at, false);
+      if (present) x = load_eight(v, 0, false);
       *reinterpret_cast<Eight*>(to) = x;
     }
   }
@@ -109,7 +108,8 @@ MATE_DEVICE void load_state(const Params& p, const Sequence& sequence, int64_t h
 MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t head, int value,
                              const State& s) {
   const mate_tensor& final_state = p.args.final_state;
-  if (sequence.end_chunk > p.slab_end) {
+  const bool begun = sequence.first_chunk < p.slab_end;  // empty ones may lie far beyond
+  if (begun && sequence.end_chunk > p.slab_end) {
     float* carry = p.carry_out + head * kDim * kDim;
     each_element([&](int t, int v, int row, int key) { carry[row * kDim + key] = s.tile[t].x[v]; },
                  value);
@@ -193,16 +193,15 @@ MATE_DEVICE void make_output(const Warp<kSlice>& warp, const FragA (&state)[kKey
   }
 }
 
-// A warp's 16 channels of the output: two lanes a token.
+// A warp's 16 channels of the output, from the slice's first token on: two lanes a token.
 template <int kSlice>
-MATE_DEVICE void store_output(const Params& p, const Warp<kSlice>& warp, int64_t batch,
-                              int64_t token, int tokens, int64_t head, int column) {
-  const int half = lane_index() % 2 * 8;
+MATE_DEVICE void store_output(const Params& p, const Warp<kSlice>& warp, uint16_t* first,
+                              int tokens) {
+  const int channel = warp.channel + lane_index() % 2 * 8;
   for (int i = lane_index() / 2; i < tokens; i += 16) {
-    const Eight x = *reinterpret_cast<const Eight*>(
-        Tile<kSlice>{warp.shared.values}.at(i, warp.channel + half));
-    char* o = row_at(p.args.output, batch, token + i, head);
-    store_eight(o, column + warp.channel + half, p.output_aligned, x);
+    const Eight x =
+        *reinterpret_cast<const Eight*>(Tile<kSlice>{warp.shared.values}.at(i, channel));
+    store_eight(first + i * p.args.output.stride[1], channel, p.output_aligned, x);
   }
 }
 
@@ -230,51 +229,54 @@ MATE_KERNEL(kSlice / kBlock * 32) scan(const Params p) {
   constexpr int kThreads = ScanShared<kSlice>::kThreads, kSlices = kDim / kSlice;
   ScanShared<kSlice>& shared = *reinterpret_cast<ScanShared<kSlice>*>(shared_memory());
   const int64_t head = block_index() / kSlices % p.args.heads_v;
-  const Sequence sequence = sequence_at(p, block_index() / kSlices / p.args.heads_v);
+  const int64_t n = block_index() / kSlices / p.args.heads_v;
   const int column = static_cast<int>(block_index() % kSlices) * kSlice;
-  const bool empty = sequence.first_chunk == sequence.end_chunk;
-  const int64_t begin =
-      sequence.first_chunk > p.slab_begin ? sequence.first_chunk : p.slab_begin;
-  const int64_t end = sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end;
-  // An empty sequence keeps its state; the first slab's launch sees to it.
-  if (begin >= end && !(empty && p.slab_begin == 0)) return;
-
   const int index = thread_index() / 32;
   const Warp<kSlice> warp = {shared, index * kBlock, shared.scratch + index * kScratch};
-  const auto operands = [&](int64_t chunk) -> const Operands& {
-    return p.operands[(chunk - p.slab_begin) * p.args.heads_v + head];
-  };
-  const auto token_of = [&](int64_t chunk) {
-    return sequence.begin + (chunk - sequence.first_chunk) * kChunk;
-  };
-  const auto tokens_of = [&](int64_t chunk) {
-    const int64_t left = sequence.end - token_of(chunk);
-    return static_cast<int>(left < kChunk ? left : kChunk);
-  };
+
+  // What is left of the sequence in this slab, from the current chunk on.
+  const Operands* operands;
+  const uint16_t* v;
+  uint16_t* output;
+  int64_t tokens, chunks;
+  {
+    const Sequence sequence = sequence_at(p, n);
+    const bool empty = sequence.first_chunk == sequence.end_chunk;
+    const int64_t begin =
+        sequence.first_chunk > p.slab_begin ? sequence.first_chunk : p.slab_begin;
+    chunks = (sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end) - begin;
+    // An empty sequence keeps its state; the first slab's launch sees to it.
+    if (chunks <= 0 && !(empty && p.slab_begin == 0)) return;
+    const int64_t token = sequence.begin + (begin - sequence.first_chunk) * kChunk;
+    tokens = sequence.end - token;
+    operands = p.operands + (begin - p.slab_begin) * p.args.heads_v + head;
+    v = reinterpret_cast<uint16_t*>(row_at(p.args.v, sequence.batch, token, head)) + column;
+    output =
+        reinterpret_cast<uint16_t*>(row_at(p.args.output, sequence.batch, token, head)) + column;
+  }
+
   // Each is one group of copies, empty beyond the last chunk, so that waits can count groups.
-  const auto copy_k_in = [&](int64_t chunk) {
-    if (chunk < end) {
-      copy_rows<kThreads>(shared.k_in, operands(chunk).k_in);
-      copy_lower<kThreads>(shared.T_high, operands(chunk).T_high);
-      copy_lower<kThreads>(shared.T_low, operands(chunk).T_low);
+  const auto copy_k_in = [&](const Operands& from, bool present) {
+    if (present) {
+      copy_rows<kThreads>(shared.k_in, from.k_in);
+      copy_lower<kThreads>(shared.T_high, from.T_high);
+      copy_lower<kThreads>(shared.T_low, from.T_low);
     }
     copy_commit();
   };
-  const auto copy_v = [&](int64_t chunk) {
-    if (chunk < end) {
-      copy_values(p, sequence.batch, token_of(chunk), tokens_of(chunk), head, column, shared);
+  const auto copy_v = [&](const uint16_t* from, int64_t left) {
+    const int count = static_cast<int>(left < kChunk ? left : kChunk);
+    if (left > 0) copy_values<kSlice>(p, from, count, shared.values);
+    copy_commit();
+  };
+  const auto copy_q_in = [&](const Operands& from, bool present) {
+    if (present) {
+      copy_rows<kThreads>(shared.q_in, from.q_in);
+      copy_lower<kThreads>(shared.P, from.P);
     }
     copy_commit();
   };
-  const auto copy_q_in = [&](int64_t chunk) {
-    if (chunk < end) {
-      copy_rows<kThreads>(shared.q_in, operands(chunk).q_in);
-      copy_lower<kThreads>(shared.P, operands(chunk).P);
-    }
-    copy_commit();
-  };
-  const auto copy_k_out = [&](int64_t chunk) {
-    const Operands& from = operands(chunk);
+  const auto copy_k_out = [&](const Operands& from) {
     copy_rows<kThreads>(shared.k_out_high, from.k_out_high);
     copy_rows<kThreads>(shared.k_out_low, from.k_out_low);
     for (int i = thread_index(); i < kDim / 4; i += kThreads) {
@@ -283,35 +285,41 @@ MATE_KERNEL(kSlice / kBlock * 32) scan(const Params p) {
     copy_commit();
   };
 
-  copy_k_in(begin);
-  copy_v(begin);
-  copy_q_in(begin);
+  copy_k_in(*operands, chunks > 0);
+  copy_v(v, chunks > 0 ? tokens : 0);
+  copy_q_in(*operands, chunks > 0);
   State s;
-  load_state(p, sequence, head, column + warp.channel, s);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
+  load_state(p, sequence_at(p, n), head, column + warp.channel, s);
+  for (; chunks > 0; --chunks) {
+    const Operands& next = operands[p.args.heads_v];
+    const bool more = chunks > 1;
     FragA state[kKeyTiles], corrected[kTokenTiles];
     MATE_UNROLL
     for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], warp.scratch);
 
     copy_wait<1>();  // all but q_in's
     MATE_BARRIER();
-    copy_k_out(chunk);
+    copy_k_out(*operands);
     correct<kDtype>(warp, state, corrected);
 
     copy_wait<1>();  // all but k_out's
     MATE_BARRIER();
-    copy_k_in(chunk + 1);
+    copy_k_in(next, more);
     make_output<kDtype>(warp, state, corrected);
     MATE_WARP_BARRIER();
-    store_output(p, warp, sequence.batch, token_of(chunk), tokens_of(chunk), head, column);
+    store_output(p, warp, output, static_cast<int>(tokens < kChunk ? tokens : kChunk));
 
     copy_wait<1>();  // all but the next k_in's
     MATE_BARRIER();
-    copy_v(chunk + 1);
-    copy_q_in(chunk + 1);
+    tokens -= kChunk;
+    v += kChunk * p.args.v.stride[1];
+    output += kChunk * p.args.output.stride[1];
+    operands = &next;
+    copy_v(v, more ? tokens : 0);
+    copy_q_in(next, more);
     update_state(warp, corrected, s);
   }
-  store_state(p, sequence, head, column + warp.channel, s);
+  store_state(p, sequence_at(p, n), head, column + warp.channel, s);
 }
 
 }  // namespace gpu
