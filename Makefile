@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc mate -type f -not -name '*.so' -not -name '*.pyc')
 
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
 .PHONY: demo test fuzz test-sanitize bench lint format develop clean
 
 demo: $(VENV)/installed
@@ -37,12 +39,12 @@ lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp tests/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*/*.h csrc/*/*.cpp tests/*/*.cpp)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # The kernels inside the source tree, for work on mate itself with PYTHONPATH=. set.
 develop: $(VENV)/installed

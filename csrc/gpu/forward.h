@@ -141,8 +141,7 @@ MATE_EXPORT int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* worksp
   if (args->num_seqs == 0 || args->heads_v == 0) return MATE_OK;
   const Layout layout(*args);
   const int64_t most = INT32_MAX;  // blocks of a launch
-  if (layout.slab_chunks > most / args->heads_v ||
-      args->num_seqs > most / (4 * args->heads_v)) {
+  if (layout.slab_chunks > most / args->heads_v || args->num_seqs > most / (4 * args->heads_v)) {
     return MATE_UNSUPPORTED;
   }
   if (!launch_all(*args, static_cast<char*>(workspace), stream)) return MATE_LAUNCH_FAILED;

@@ -1,13 +1,13 @@
 // What the kernels are launched with: the caller's arguments, the workspace, and where a chunk's
 // tokens lie.
 //
-// Chunks of 64 tokens are numbered over all sequences, one sequence after another. The operands that
-// `prepare` makes of a chunk live in the workspace only until `scan` has read them: the host cuts the
-// chunks into slabs and launches both kernels for each.
+// Chunks of 64 tokens are numbered over all sequences, one sequence after another. The operands
+// that `prepare` makes of a chunk live in the workspace only until `scan` has read them: the host
+// cuts the chunks into slabs and launches both kernels for each.
 #pragma once
 
-#include "mate/gpu.h"
 #include "arch/arch.h"
+#include "mate/gpu.h"
 
 namespace mate {
 namespace gpu {
@@ -27,11 +27,11 @@ static_assert(sizeof(Operands) % 16 == 0, "copied 16 bytes at a time");
 
 struct Params {
   mate_kda_args args;
-  Operands* operands;                      // [slab's chunk][value head]
-  int64_t *bounds, *first_chunk;           // [num_seqs + 1], with cu_seqlens: by plan.h
-  float *carry_in, *carry_out;             // [value head][V][K]: of the sequence that a slab cuts
-  int64_t slab_begin, slab_end;            // chunks
-  bool q_aligned, k_aligned, v_aligned;    // every row starts at a multiple of 16 bytes
+  Operands* operands;                    // [slab's chunk][value head]
+  int64_t *bounds, *first_chunk;         // [num_seqs + 1], with cu_seqlens: by plan.h
+  float *carry_in, *carry_out;           // [value head][V][K]: of the sequence that a slab cuts
+  int64_t slab_begin, slab_end;          // chunks
+  bool q_aligned, k_aligned, v_aligned;  // every row starts at a multiple of 16 bytes
   bool g_aligned, output_aligned;
 };
 

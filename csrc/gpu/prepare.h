@@ -3,8 +3,8 @@
 // Decays are products of e = exp(a) along a binary tree over the chunk's tokens, so that no factor
 // exceeds 1 (docs/algorithm.md). At level s the tokens form blocks of 2s: a key j in a left half
 // meets the keys and queries i in the same block's right half, with the decay between them in two
-// factors, `in` (from the middle to i) and `out` (from j to the middle). Every level has 32 rows and
-// 32 columns, so that one routine of products serves them all.
+// factors, `in` (from the middle to i) and `out` (from j to the middle). Every level has 32 rows
+// and 32 columns, so that one routine of products serves them all.
 #pragma once
 
 #include "tile.h"
@@ -377,7 +377,8 @@ MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
 }
 
 template <int32_t kDtype>
-MATE_KERNEL(kPrepareThreads) prepare(const Params p) {
+MATE_KERNEL(kPrepareThreads)
+prepare(const Params p) {
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(shared_memory());
   const int64_t chunk = p.slab_begin + block_index() / p.args.heads_v;
   const int64_t n = sequence_of(p, chunk);

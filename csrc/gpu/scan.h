@@ -1,10 +1,10 @@
 // The recurrence over chunks: a block a (sequence, value head, slice of value channels).
 //
 // Everything is transposed: a warp owns 16 value channels, and the rows of its accumulators are
-// these. Its slice of the state stays in registers in fp32 for the whole sequence, and each product's
-// result is the next one's left operand: warps never wait for one another's numbers, only for the
-// chunk's operands. These lie in shared memory once; each part is refilled for the next chunk as
-// soon as it has been read.
+// these. Its slice of the state stays in registers in fp32 for the whole sequence, and each
+// product's result is the next one's left operand: warps never wait for one another's numbers, only
+// for the chunk's operands. These lie in shared memory once; each part is refilled for the next
+// chunk as soon as it has been read.
 #pragma once
 
 #include "tile.h"
@@ -225,7 +225,8 @@ MATE_DEVICE void update_state(const Warp<kSlice>& warp, const FragA (&corrected)
 // ---- the kernel ---------------------------------------------------------------------------------
 
 template <int32_t kDtype, int kSlice>
-MATE_KERNEL(kSlice / kBlock * 32) scan(const Params p) {
+MATE_KERNEL(kSlice / kBlock * 32)
+scan(const Params p) {
   constexpr int kThreads = ScanShared<kSlice>::kThreads, kSlices = kDim / kSlice;
   ScanShared<kSlice>& shared = *reinterpret_cast<ScanShared<kSlice>*>(shared_memory());
   const int64_t head = block_index() / kSlices % p.args.heads_v;
@@ -242,8 +243,7 @@ MATE_KERNEL(kSlice / kBlock * 32) scan(const Params p) {
   {
     const Sequence sequence = sequence_at(p, n);
     const bool empty = sequence.first_chunk == sequence.end_chunk;
-    const int64_t begin =
-        sequence.first_chunk > p.slab_begin ? sequence.first_chunk : p.slab_begin;
+    const int64_t begin = sequence.first_chunk > p.slab_begin ? sequence.first_chunk : p.slab_begin;
     chunks = (sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end) - begin;
     // An empty sequence keeps its state; the first slab's launch sees to it.
     if (chunks <= 0 && !(empty && p.slab_begin == 0)) return;

@@ -19,7 +19,9 @@ struct Tile {
   }
 };
 
-MATE_DEVICE void store_pair(uint16_t* to, uint32_t both) { *reinterpret_cast<uint32_t*>(to) = both; }
+MATE_DEVICE void store_pair(uint16_t* to, uint32_t both) {
+  *reinterpret_cast<uint32_t*>(to) = both;
+}
 
 struct alignas(16) Eight {
   uint32_t x[4];  // 16-bit numbers, two in each

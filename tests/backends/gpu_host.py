@@ -1,4 +1,4 @@
-"""The GPU kernels on an emulated GPU: the library, and calls whose tensors lie between guard bands."""
+"""The GPU kernels on an emulated GPU: the library, and calls between guard bands."""
 
 import ctypes
 import math

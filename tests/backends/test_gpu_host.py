@@ -5,7 +5,6 @@ The same source runs on real ones (tests/backends/test_gpu.py, where there is on
 
 import ctypes
 import functools
-import itertools
 import math
 import shutil
 import subprocess
@@ -25,6 +24,12 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 pytestmark = needs_compiler
 bf16, fp16 = torch.bfloat16, torch.float16
 UNSUPPORTED, LAUNCH_FAILED = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The reference's small steps gain nothing from a second one, and wait for it if it is busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

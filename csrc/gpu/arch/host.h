@@ -2,9 +2,9 @@
 //
 // The threads of a block are fibres that give way only where they wait for one another, in an order
 // drawn from a seed: whole warps racing ahead, or single threads. Shared memory starts as NaN, and
-// asynchronous copies leave NaN behind until they are waited for. A barrier that some threads do not
-// reach ends the launch with an error. Fragments are laid out unlike CUDA's, so that kernels cannot
-// come to rely on either.
+// asynchronous copies leave NaN behind until they are waited for. A barrier that some threads do
+// not reach ends the launch with an error. Fragments are laid out unlike CUDA's, so that kernels
+// cannot come to rely on either.
 #pragma once
 
 #include <math.h>

@@ -1,6 +1,6 @@
-// The C interface of the GPU kernels. Everything of kda.h holds, with device pointers; fp16 and bf16
-// inputs. The values of cu_seqlens stay on the device: sequences are clamped to [0, total_tokens]
-// there.
+// The C interface of the GPU kernels. Everything of kda.h holds, with device pointers; fp16 and
+// bf16 inputs. The values of cu_seqlens stay on the device: sequences are clamped to [0,
+// total_tokens] there.
 #pragma once
 
 #include "kda.h"
