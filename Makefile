@@ -24,17 +24,19 @@ fuzz: $(VENV)/installed
 	$(BIN)/python tests/fuzz_kda.py --cases $(CASES)
 
 # The kernels' own tests and drawn cases under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED ?= tests/backends/test_native.py tests/backends/test_native_layer.py tests/functional/test_kda_fuzz.py
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 test-sanitize: $(VENV)/installed
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS="$(SANITIZE)"
 	cmake --build build/sanitize --parallel
 	ASAN_OPTIONS=detect_leaks=0 MATE_CPU_LIBRARY=$(CURDIR)/build/sanitize/libmate_cpu.so \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/backends/test_native.py tests/functional/test_kda_fuzz.py
+	$(BIN)/python -m pytest $(SANITIZED)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
 
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

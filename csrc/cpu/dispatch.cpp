@@ -19,8 +19,6 @@
 #include <unistd.h>
 #endif
 
-#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace mate {
 namespace {
 
@@ -167,22 +165,6 @@ void run_team(int threads, void (*work)(void* context, int slot), void* context)
 
 namespace {
 
-// What the threads of one forward pass share.
-struct Region {
-  const mate_kda_args& args;
-  const Plan& plan;
-  RunItem run;
-  float* scratch;
-  std::atomic<int64_t> next{0};
-
-  static void work(void* region, int slot) {
-    Region& self = *static_cast<Region*>(region);
-    for (int64_t i; (i = self.next.fetch_add(1)) < self.plan.items();) {
-      self.run(self.args, self.plan.item(i), self.scratch + slot * self.plan.scratch_floats());
-    }
-  }
-};
-
 bool known_codes(const mate_kda_args& args) {
   for (const mate_tensor* x : {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.output,
                                &args.initial_state, &args.final_state}) {
@@ -202,8 +184,9 @@ int32_t forward(const mate_kda_args& args) {
       static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
   if (!scratch) return MATE_OUT_OF_MEMORY;
 
-  Region region{args, plan, current_isa().run, scratch.get()};
-  run_team(plan.threads(), &Region::work, &region);
+  run_items(plan.items(), plan.threads(), [&, run = current_isa().run](int64_t i, int slot) {
+    run(args, plan.item(i), scratch.get() + slot * plan.scratch_floats());
+  });
   return MATE_OK;
 }
 

@@ -6,15 +6,13 @@
 #include <new>
 #include <vector>
 
+#include "plan.h"
 #include "team.h"
-
-#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace mate {
 namespace {
 
 // Rough times in microseconds, of which only the ratio to a thread's cost matters.
-constexpr double kWorthAThread = 20.0;
 constexpr double kConvElement = 4e-4;
 constexpr double kNormElement = 4e-4;
 constexpr double kDecodeHead = 3.0;
@@ -22,28 +20,11 @@ constexpr double kDecodeHead = 3.0;
 constexpr int64_t kConvItemTokens = 64, kConvItemChannels = 1024;
 constexpr int64_t kNormItemElements = 8192;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Items [0, count) of a call, which share nothing and run in any order.
-template <typename Run>
-struct Items {
-  const Run& run;
-  int64_t count;
-  std::atomic<int64_t> next{0};
-
-  static void work(void* items, int) {
-    Items& self = *static_cast<Items*>(items);
-    for (int64_t i; (i = self.next.fetch_add(1)) < self.count;) self.run(i);
-  }
-};
-
-template <typename Run>
-void run_items(int64_t count, int32_t threads, double microseconds, const Run& run) {
-  if (count <= 0) return;
-  const int64_t most = std::min<int64_t>(threads, count);
+// As many threads as the work is worth and the caller grants.
+int worth_threads(int64_t items, int32_t threads, double microseconds) {
+  const int64_t most = std::min<int64_t>(threads, items);
   const double worth = std::min<double>(static_cast<double>(most), microseconds / kWorthAThread);
-  Items<Run> items{run, count};
-  run_team(std::max(1, static_cast<int>(worth)), &Items<Run>::work, &items);
+  return std::max(1, static_cast<int>(worth));
 }
 
 bool known_dtype(int32_t dtype) { return dtype >= MATE_FLOAT32 && dtype <= MATE_BFLOAT16; }
@@ -60,34 +41,19 @@ bool known_codes(const mate_short_conv_args& args) {
          known_dtype(args.weight.dtype);
 }
 
-// Whatever cu_seqlens holds, documents come out inside [0, total_tokens] and never overlap.
-class Documents {
- public:
-  explicit Documents(const mate_short_conv_args& args) : args_(args) {}
-
-  ConvItem next(int64_t sequence) {
-    if (!args_.cu_seqlens) return {sequence, sequence, 0, args_.seq_len, 0, 0, 0, 0};
-    const int64_t begin = std::max(last_, bound(sequence));
-    last_ = std::max(begin, bound(sequence + 1));
-    return {sequence, 0, begin, last_, 0, 0, 0, 0};
-  }
-
- private:
-  int64_t bound(int64_t i) const {
-    const int64_t x = args_.cu_seqlens_is_64bit ? static_cast<const int64_t*>(args_.cu_seqlens)[i]
-                                                : static_cast<const int32_t*>(args_.cu_seqlens)[i];
-    return std::min(x, args_.total_tokens);
-  }
-
-  const mate_short_conv_args& args_;
-  int64_t last_ = 0;
-};
-
 std::vector<ConvItem> conv_items(const mate_short_conv_args& args) {
   std::vector<ConvItem> items;
-  Documents documents(args);
+  std::vector<int64_t> bounds;
+  if (args.cu_seqlens) {
+    bounds =
+        clamped_bounds(args.cu_seqlens, args.cu_seqlens_is_64bit, args.num_seqs, args.total_tokens);
+  }
   for (int64_t n = 0; n < args.num_seqs; ++n) {
-    ConvItem item = documents.next(n);
+    ConvItem item = {};
+    item.sequence = n;
+    item.batch = args.cu_seqlens ? 0 : n;
+    item.begin = args.cu_seqlens ? bounds[n] : 0;
+    item.end = args.cu_seqlens ? bounds[n + 1] : args.seq_len;
     item.from = item.begin;
     do {  // an empty document still has a final state
       item.to = std::min(item.end, item.from + kConvItemTokens);
@@ -101,7 +67,7 @@ std::vector<ConvItem> conv_items(const mate_short_conv_args& args) {
 void short_conv(const mate_short_conv_args& args) {
   const std::vector<ConvItem> blocks = conv_items(args);
   const int64_t groups = divide_up(args.channels, kConvItemChannels);
-  const auto run = [&, kernel = current_layer_kernels().short_conv](int64_t i) {
+  const auto run = [&, kernel = current_layer_kernels().short_conv](int64_t i, int) {
     ConvItem item = blocks[i / groups];
     item.channel_begin = i % groups * kConvItemChannels;
     item.channel_end = std::min(args.channels, item.channel_begin + kConvItemChannels);
@@ -109,7 +75,8 @@ void short_conv(const mate_short_conv_args& args) {
   };
   const int64_t tokens = args.cu_seqlens ? args.total_tokens : args.num_seqs * args.seq_len;
   const double cost = static_cast<double>(tokens * args.channels) * kConvElement;
-  run_items(static_cast<int64_t>(blocks.size()) * groups, args.threads, cost, run);
+  const int64_t items = static_cast<int64_t>(blocks.size()) * groups;
+  run_items(items, worth_threads(items, args.threads, cost), run);
 }
 
 // ---- gated norm ---------------------------------------------------------------------------------
@@ -123,11 +90,12 @@ void gated_norm(const mate_gated_norm_args& args) {
   const int64_t rows = args.size[0] * args.size[1] * args.size[2];
   if (rows <= 0 || args.dim <= 0) return;
   const int64_t share = std::max<int64_t>(1, kNormItemElements / args.dim);
-  const auto run = [&, kernel = current_layer_kernels().gated_norm](int64_t i) {
+  const auto run = [&, kernel = current_layer_kernels().gated_norm](int64_t i, int) {
     kernel(args, i * share, std::min(rows, (i + 1) * share));
   };
   const double cost = static_cast<double>(rows * args.dim) * kNormElement;
-  run_items(divide_up(rows, share), args.threads, cost, run);
+  const int64_t items = divide_up(rows, share);
+  run_items(items, worth_threads(items, args.threads, cost), run);
 }
 
 // ---- a decode step ------------------------------------------------------------------------------
@@ -153,14 +121,15 @@ void decode_step(const mate_decode_args& args) {
   // windows on, which all of them have read.
   const std::unique_ptr<std::atomic<int64_t>[]> done(
       group > 1 ? new std::atomic<int64_t>[args.batch * args.heads_qk]() : nullptr);
-  const auto run = [&](int64_t i) {
+  const auto run = [&](int64_t i, int) {
     const int64_t batch = i / args.heads_v, head = i % args.heads_v, head_qk = head / group;
     kernels.decode(args, batch, head);
     if (done && done[batch * args.heads_qk + head_qk].fetch_add(1) + 1 < group) return;
     kernels.advance_qk(args, batch, head_qk);
   };
   const int64_t items = args.batch * args.heads_v;
-  run_items(items, args.threads, static_cast<double>(items) * kDecodeHead, run);
+  const double cost = static_cast<double>(items) * kDecodeHead;
+  run_items(items, worth_threads(items, args.threads, cost), run);
 }
 
 template <typename Args>

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "team.h"
+
 namespace mate {
 namespace {
 
@@ -13,18 +15,27 @@ constexpr double kTileColumns = 10.0;  // their products with 128 columns of sta
 constexpr double kTokenShared = 0.2;   // the same for one token of the recurrent kernel
 constexpr double kTokenColumns = 1.1;
 constexpr double kStateCopy = 1.0;
-constexpr double kWorthAThread = 20.0;  // with less to do, a thread costs more than it brings
 
 constexpr int kRecurrentUpTo = 12;  // tokens, MATE_AUTO: where the two kernels take the same time
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
+
+std::vector<int64_t> clamped_bounds(const void* cu_seqlens, bool is_64bit, int64_t num_seqs,
+                                    int64_t total_tokens) {
+  std::vector<int64_t> bounds(num_seqs + 1);
+  int64_t last = 0;
+  for (int64_t i = 0; i <= num_seqs; ++i) {
+    const int64_t x = is_64bit ? static_cast<const int64_t*>(cu_seqlens)[i]
+                               : static_cast<const int32_t*>(cu_seqlens)[i];
+    bounds[i] = last = std::max(last, std::min(x, total_tokens));
+  }
+  return bounds;
+}
 
 Plan::Plan(const mate_kda_args& args) : args_(args) {
   if (args.num_seqs <= 0 || args.heads_v <= 0) return;
   if (args.cu_seqlens) {
-    read_bounds();
+    order_sequences();
   } else {
     longest_ = tokens(0).end;
   }
@@ -66,15 +77,9 @@ double Plan::cost_of_a_head(int slices) const {
   return sum;
 }
 
-// Whatever cu_seqlens holds, sequences come out inside [0, total_tokens] and never overlap.
-void Plan::read_bounds() {
-  bounds_.resize(args_.num_seqs + 1);
-  int64_t last = 0;
-  for (int64_t i = 0; i <= args_.num_seqs; ++i) {
-    const int64_t x = args_.cu_seqlens_is_64bit ? static_cast<const int64_t*>(args_.cu_seqlens)[i]
-                                                : static_cast<const int32_t*>(args_.cu_seqlens)[i];
-    bounds_[i] = last = std::max(last, std::min(x, args_.total_tokens));
-  }
+void Plan::order_sequences() {
+  bounds_ = clamped_bounds(args_.cu_seqlens, args_.cu_seqlens_is_64bit, args_.num_seqs,
+                           args_.total_tokens);
   const auto length = [this](int64_t i) { return bounds_[i + 1] - bounds_[i]; };
   bool alike = true;
   longest_ = 0;

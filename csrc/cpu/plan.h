@@ -7,6 +7,11 @@
 
 namespace mate {
 
+// cu_seqlens made safe: whatever it holds, sequences come out inside [0, total_tokens] and never
+// overlap.
+std::vector<int64_t> clamped_bounds(const void* cu_seqlens, bool is_64bit, int64_t num_seqs,
+                                    int64_t total_tokens);
+
 class Plan {
  public:
   explicit Plan(const mate_kda_args& args);  // throws std::bad_alloc
@@ -24,12 +29,12 @@ class Plan {
   bool recurrent(int64_t length) const;
   double cost(int64_t length, int slices) const;
   double cost_of_a_head(int slices) const;
-  void read_bounds();
+  void order_sequences();
   void choose_cut();
   void size_scratch();
 
   const mate_kda_args& args_;
-  std::vector<int64_t> bounds_;  // cu_seqlens made safe, if given
+  std::vector<int64_t> bounds_;  // of the sequences, if cu_seqlens is given
   std::vector<int64_t> order_;   // sequences, longest first; empty where they are alike
   int64_t longest_ = 0, heads_ = 1, groups_ = 1, items_ = 0;
   int slices_ = 1, threads_ = 1;

@@ -79,7 +79,7 @@ MATE_INLINE TokenScales load_qk(const mate_kda_args& args, int64_t batch, int64_
     s.q /= __builtin_sqrtf(sum(qq) + kNormEps);
     s.k /= __builtin_sqrtf(sum(kk) + kNormEps);
   }
-  s.q_dot_k *= s.q * s.k;
+  s.q_dot_k = s.q_dot_k * s.q * s.k;  // the factors alone may underflow
   return s;
 }
 

@@ -1,8 +1,12 @@
 // Threads for one call, and the kernels of the instruction set in use. Defined in dispatch.cpp.
 #pragma once
 
+#include <atomic>
+
 #include "mate/layer.h"
 #include "work.h"
+
+#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace mate {
 
@@ -38,5 +42,26 @@ const LayerKernels& current_layer_kernels();
 // its own below `threads`, and returns when all have finished. Right for any number of threads that
 // arrive; denormal numbers are flushed meanwhile.
 void run_team(int threads, void (*work)(void* context, int slot), void* context);
+
+constexpr double kWorthAThread =
+    20.0;  // microseconds: with less, a thread costs more than it brings
+
+// Calls run(item, slot) for every item in [0, count); items share nothing and run in any order.
+template <typename Run>
+void run_items(int64_t count, int threads, const Run& run) {
+  struct Items {
+    const Run& run;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+
+    static void work(void* items, int slot) {
+      Items& self = *static_cast<Items*>(items);
+      for (int64_t i; (i = self.next.fetch_add(1)) < self.count;) self.run(i, slot);
+    }
+  };
+  if (count <= 0) return;
+  Items items{run, count};
+  run_team(threads, &Items::work, &items);
+}
 
 }  // namespace mate

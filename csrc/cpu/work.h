@@ -17,6 +17,8 @@ constexpr int kSpanFloats = 46 * 1024;       // what the AMX kernel keeps of 32 
 constexpr int kMaxHeads = 8;                 // value heads of a work item
 constexpr int kColumnQuantum = 32;  // value channels: work items are cut at multiples of this
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Tokens [begin, end) of one batch row, for a few value heads and some of their value channels.
 // Value channels never mix, so that items share nothing and may run in any order.
 struct WorkItem {

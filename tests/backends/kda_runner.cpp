@@ -1,15 +1,18 @@
-// Runs one call of the CPU kernels on contiguous tensors from a file: for processors that the tests
-// reach only through an emulator, where there is no Python. test_aarch64.py writes and reads the
-// files.
+// Runs the CPU kernels where the tests have no Python: on processors reached through an emulator,
+// and under ThreadSanitizer.
+//
+//   kda_runner IN OUT   one forward call on contiguous tensors; test_runner.py has the files'
+//   format kda_runner THREADS  some decode steps, which must give what one thread gives
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
-#include "mate/kda.h"
+#include "mate/layer.h"
 
 namespace {
 
-struct Header {  // what test_aarch64.py packs
+struct Header {  // what test_runner.py packs
   int64_t num_seqs, seq_len, heads_qk, heads_v, has_cu_seqlens, has_state;
   int32_t dtype, gate, flags, algorithm, threads, unused;
   float scale, lower_bound;
@@ -21,9 +24,66 @@ std::vector<char> read(FILE* file, size_t bytes) {
   return data;
 }
 
+// Three steps of a layer whose 5 value heads share each q and k head.
+std::vector<float> decode(int threads) {
+  constexpr int64_t kBatch = 3, kHeadsQk = 2, kHeadsV = 10, D = MATE_HEAD_DIM, kWidth = 4;
+  constexpr int64_t keys = kHeadsQk * D, values = kHeadsV * D, channels = 2 * keys + values;
+  uint32_t seed = 1;
+  const auto draw = [&seed](int64_t count) {
+    std::vector<float> x(count);
+    for (float& y : x) y = static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) * 1e-7f;
+    return x;
+  };
+  auto q = draw(kBatch * keys), k = draw(kBatch * keys), v = draw(kBatch * values);
+  auto g = draw(kBatch * values), beta = draw(kBatch * kHeadsV), gate = draw(kBatch * values);
+  auto q_weight = draw(keys * kWidth), k_weight = draw(keys * kWidth);
+  auto v_weight = draw(values * kWidth), norm = draw(D);
+  auto A_log = draw(kHeadsV), dt_bias = draw(values);
+  auto windows = draw(kBatch * channels * kWidth), state = draw(kBatch * kHeadsV * D * D);
+  std::vector<float> output(kBatch * values);
+  const auto rows = [](std::vector<float>& x, int64_t stride) {
+    return mate_rows{x.data(), stride, MATE_FLOAT32};
+  };
+  mate_decode_args args = {};
+  args.q = rows(q, keys);
+  args.k = rows(k, keys);
+  args.v = rows(v, values);
+  args.g = rows(g, values);
+  args.beta = rows(beta, kHeadsV);
+  args.output_gate = rows(gate, values);
+  args.output = rows(output, values);
+  args.conv_state = rows(windows, channels * kWidth);
+  args.q_weight = rows(q_weight, 0);
+  args.k_weight = rows(k_weight, 0);
+  args.v_weight = rows(v_weight, 0);
+  args.norm_weight = rows(norm, 0);
+  args.state = {state.data(), {kHeadsV * D * D, D * D, D}, MATE_FLOAT32};
+  args.A_log = A_log.data();
+  args.dt_bias = dt_bias.data();
+  args.batch = kBatch;
+  args.heads_qk = kHeadsQk;
+  args.heads_v = kHeadsV;
+  args.scale = 0.1f;
+  args.lower_bound = -5.0f;
+  args.norm_eps = 1e-5f;
+  args.width = kWidth;
+  args.gate = MATE_GATE_BOUNDED;
+  args.flags = MATE_L2NORM | MATE_BETA_SIGMOID | MATE_STATE_V_FIRST;
+  args.threads = threads;
+  for (int step = 0; step < 3; ++step) {
+    if (mate_decode_step(&args) != MATE_OK) std::exit(4);
+  }
+  for (const auto* x : {&windows, &state}) output.insert(output.end(), x->begin(), x->end());
+  return output;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2) {
+    const std::vector<float> one = decode(1), many = decode(std::atoi(argv[1]));
+    return std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0 ? 0 : 5;
+  }
   if (argc != 3) return 2;
   FILE* in = std::fopen(argv[1], "rb");
   Header h;

@@ -122,3 +122,11 @@ def test_no_data_race(thread_sanitized, algorithm, dtype):
     command = ["setarch", "-R", thread_sanitized]
     check(command, draw(T=70, Hqk=1, Hv=9, dtype=dtype), algorithm, threads=4)
     check(command, draw(lens=[3, 0, 40, 17, 1], Hqk=1, Hv=2, dtype=dtype), algorithm, threads=4)
+
+
+@needs_tsan
+def test_no_data_race_between_heads_that_share_a_window(thread_sanitized):
+    command = ["setarch", "-R", thread_sanitized, "4"]
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
