@@ -15,6 +15,7 @@ namespace gpu {
 constexpr int kDim = MATE_HEAD_DIM;
 constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // a side of the products' tiles
+constexpr int kTokenTiles = kChunk / kBlock, kKeyTiles = kDim / kBlock;
 
 // Of one chunk and head; see prepare.h for what they hold.
 struct Operands {

@@ -34,7 +34,7 @@ MATE_DEVICE void scan_before(int64_t* values, const Combine& combine) {
 
 // One block; each thread takes a run of neighbouring sequences. Whatever cu_seqlens holds, bounds
 // come out inside [0, total_tokens] and never decrease.
-MATE_KERNEL(kPlanThreads) plan(const Params p) {
+MATE_KERNEL(kPlanThreads, 1) plan(const Params p) {
   int64_t* values = reinterpret_cast<int64_t*>(shared_memory());
   int64_t& mine = values[thread_index()];
   const int64_t n = p.args.num_seqs + 1, share = divide_up(n, kPlanThreads);

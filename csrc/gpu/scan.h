@@ -12,8 +12,6 @@
 namespace mate {
 namespace gpu {
 
-constexpr int kTokenTiles = kChunk / kBlock, kKeyTiles = kDim / kBlock;
-
 template <int kSlice>
 struct ScanShared {
   static constexpr int kThreads = kSlice / kBlock * 32;
@@ -225,7 +223,7 @@ MATE_DEVICE void update_state(const Warp<kSlice>& warp, const FragA (&corrected)
 // ---- the kernel ---------------------------------------------------------------------------------
 
 template <int32_t kDtype, int kSlice>
-MATE_KERNEL(kSlice / kBlock * 32)
+MATE_KERNEL(kSlice / kBlock * 32, 1)
 scan(const Params p) {
   constexpr int kThreads = ScanShared<kSlice>::kThreads, kSlices = kDim / kSlice;
   ScanShared<kSlice>& shared = *reinterpret_cast<ScanShared<kSlice>*>(shared_memory());

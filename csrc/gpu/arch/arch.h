@@ -1,7 +1,7 @@
 // What a kernel may use of the machine. Each header beside this one offers the same names:
 //
-//   MATE_DEVICE, MATE_KERNEL(threads), MATE_UNROLL     how functions and loops are declared
-//   thread_index(), block_index(), shared_memory()     where a thread is; one-dimensional blocks
+//   MATE_DEVICE, MATE_KERNEL(threads, blocks), MATE_UNROLL  how functions and loops are declared
+//   thread_index(), block_index(), shared_memory()  where a thread is; one-dimensional blocks
 //   MATE_BARRIER(), MATE_WARP_BARRIER()                all threads of a block, of a warp of 32
 //   shuffle_xor(x, mask)                               the value of lane ^ mask
 //   FragA, FragB, FragC                                a warp's 16 x 16 operands and accumulator

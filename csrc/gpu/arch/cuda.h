@@ -7,8 +7,9 @@
 #include <stdint.h>
 
 #define MATE_DEVICE __device__ __forceinline__
-#define MATE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define MATE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MATE_UNROLL _Pragma("unroll")
+#define MATE_NO_UNROLL _Pragma("unroll 1")
 #define MATE_BARRIER() __syncthreads()
 #define MATE_WARP_BARRIER() __syncwarp()
 

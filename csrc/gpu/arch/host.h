@@ -12,8 +12,9 @@
 #include <string.h>
 
 #define MATE_DEVICE inline
-#define MATE_KERNEL(threads) void
+#define MATE_KERNEL(threads, blocks) void
 #define MATE_UNROLL
+#define MATE_NO_UNROLL
 #define MATE_BARRIER() ::mate::gpu::host::block_barrier(__COUNTER__)
 #define MATE_WARP_BARRIER() ::mate::gpu::host::warp_barrier(__COUNTER__)
 
