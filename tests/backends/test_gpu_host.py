@@ -44,6 +44,11 @@ def few_chunks_a_slab(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(460<<10)")
 
 
+@pytest.fixture(scope="module")
+def cuda_layout(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return gpu_host.build(tmp_path_factory.mktemp("gpu_host_mma"), "-DMATE_GPU_HOST_MMA_SYNC")
+
+
 def check(actual: tuple, expected: tuple, bound: tuple[float, float] = BOUND) -> None:
     assert rel_rms(actual[0], expected[0]) <= bound[0]
     assert rel_rms(actual[1], expected[1]) <= bound[1]
@@ -65,6 +70,13 @@ def test_slabs(name: str, few_chunks_a_slab: ctypes.CDLL, lib: ctypes.CDLL) -> N
     actual = run(few_chunks_a_slab, case)
     check(actual, expected)
     assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
+
+
+@pytest.mark.parametrize("name", ["T150", "varlen-int32-fp16", "cosine-0.9"])
+def test_layout_of_mma_sync(name: str, cuda_layout: ctypes.CDLL) -> None:
+    """arch/mma_sync.h over emulated instructions: what cuda.h runs, but for the assembler."""
+    case, expected = built(name)
+    check(run(cuda_layout, case), expected, CORRELATED.get(name, BOUND))
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65])

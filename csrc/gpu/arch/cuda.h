@@ -56,21 +56,7 @@ MATE_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
 }
 
-// ---- fragments ----------------------------------------------------------------------------------
-
-struct FragA {
-  uint32_t x[4];  // row lane / 4 (+ 8 in 1 and 3), columns lane % 4 * 2 + 0..1 (+ 8 in 2 and 3)
-};
-struct FragB {
-  uint32_t x[4];  // column lane / 4 (+ 8 in 2 and 3), rows lane % 4 * 2 + 0..1 (+ 8 in 1 and 3)
-};
-struct FragC {
-  float x[8];
-};
-constexpr int kScratch = 0;
-
-MATE_DEVICE int row_of(int v) { return lane_index() / 4 + v / 2 % 2 * 8; }
-MATE_DEVICE int column_of(int v) { return lane_index() % 4 * 2 + v % 2 + v / 4 * 8; }
+// ---- products ---------------------------------------------------------------
 
 MATE_DEVICE void load_matrices(uint32_t (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -85,47 +71,19 @@ MATE_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
                : "memory");
 }
 
-// A[m][k] = tile[row + m][column + k]
-template <class Tile>
-MATE_DEVICE FragA load_a(const Tile& tile, int row, int column) {
-  const int lane = lane_index();
-  FragA a;
-  load_matrices(a.x, tile.at(row + lane % 16, column + lane / 16 * 8));
-  return a;
-}
-// B[k][n] = tile[row + n][column + k]
-template <class Tile>
-MATE_DEVICE FragB load_b_columns(const Tile& tile, int row, int column) {
-  const int lane = lane_index();
-  FragB b;
-  load_matrices(b.x, tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
-  return b;
-}
-// B[k][n] = tile[row + k][column + n]
-template <class Tile>
-MATE_DEVICE FragB load_b_rows(const Tile& tile, int row, int column) {
-  const int lane = lane_index();
-  FragB b;
-  load_matrices_transposed(b.x, tile.at(row + lane % 16, column + lane / 16 * 8));
-  return b;
-}
-
-MATE_DEVICE void multiply_half(float* c, const FragA& a, uint32_t b0, uint32_t b1) {
+MATE_DEVICE void mma_sync(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-MATE_DEVICE void multiply(FragC& c, const FragA& a, const FragB& b) {
-  multiply_half(c.x, a, b.x[0], b.x[1]);
-  multiply_half(c.x + 4, a, b.x[2], b.x[3]);
-}
+}  // namespace gpu
+}  // namespace mate
 
-// Here an accumulator has an operand's layout: registers are enough.
-MATE_DEVICE FragA to_operand(const FragC& c, uint16_t*) {
-  return {{pack_bf16(c.x[0], c.x[1]), pack_bf16(c.x[2], c.x[3]), pack_bf16(c.x[4], c.x[5]),
-           pack_bf16(c.x[6], c.x[7])}};
-}
+#include "mma_sync.h"
+
+namespace mate {
+namespace gpu {
 
 // ---- launching ----------------------------------------------------------------------------------
 

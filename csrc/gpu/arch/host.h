@@ -120,6 +120,84 @@ inline void copy_wait() {
 
 // ---- fragments ----------------------------------------------------------------------------------
 
+#if defined(MATE_GPU_HOST_MMA_SYNC)
+
+// Lanes 8 i to 8 i + 7 name the rows of matrix i, of 8 x 8 numbers; each lane gets two of each.
+inline void load_matrices_as(uint32_t (&x)[4], const void* row, bool transposed) {
+  struct Lane {
+    const void* row;
+    uint32_t* x;
+    bool transposed;
+  } mine = {row, x, transposed};
+  host::collective(
+      [](void* const* lanes) {
+        for (int i = 0; i < 32; ++i) {
+          const Lane* lane = static_cast<const Lane*>(lanes[i]);
+          for (int m = 0; m < 4; ++m) {
+            uint16_t two[2];
+            for (int e = 0; e < 2; ++e) {
+              const int along = i % 4 * 2 + e, across = i / 4;
+              const int r = lane->transposed ? along : across;
+              const int c = lane->transposed ? across : along;
+              two[e] =
+                  static_cast<const uint16_t*>(static_cast<const Lane*>(lanes[m * 8 + r])->row)[c];
+            }
+            lane->x[m] = two[0] | static_cast<uint32_t>(two[1]) << 16;
+          }
+        }
+      },
+      &mine);
+}
+inline void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices_as(x, row, false); }
+inline void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+  load_matrices_as(x, row, true);
+}
+
+// C[16][8] += A[16][16] B[16][8]
+inline void mma_sync(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine = {c, a, {b0, b1}};
+  host::collective(
+      [](void* const* lanes) {
+        float A[16][16], B[16][8];
+        const auto lane = [&](int i) { return static_cast<const Lane*>(lanes[i]); };
+        const auto number = [](uint32_t both, int e) {
+          return from_bits(e ? both & 0xffff0000u : both << 16);
+        };
+        for (int i = 0; i < 32; ++i) {
+          for (int e = 0; e < 2; ++e) {
+            const int along = i % 4 * 2 + e, across = i / 4;
+            for (int r = 0; r < 4; ++r) {
+              A[across + r % 2 * 8][along + r / 2 * 8] = number(lane(i)->a[r], e);
+            }
+            for (int r = 0; r < 2; ++r) B[along + r * 8][across] = number(lane(i)->b[r], e);
+          }
+        }
+        for (int i = 0; i < 32; ++i) {
+          for (int v = 0; v < 4; ++v) {
+            const int row = i / 4 + v / 2 * 8, column = i % 4 * 2 + v % 2;
+            float sum = 0.0f;
+            for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+            lane(i)->c[v] += sum;
+          }
+        }
+      },
+      &mine);
+}
+
+}  // namespace gpu
+}  // namespace mate
+
+#include "mma_sync.h"
+
+namespace mate {
+namespace gpu {
+
+#else
+
 struct FragA {
   uint16_t x[8];  // row lane / 2, columns lane % 2 * 8 + 0..7
 };
@@ -195,6 +273,8 @@ inline FragA to_operand(const FragC& c, uint16_t* scratch) {
   host::warp_barrier(host::kNoSite);
   return a;
 }
+
+#endif
 
 // ---- launching ----------------------------------------------------------------------------------
 
