@@ -82,8 +82,8 @@ bool launch_scan(const Params& p, int slice, void* stream) {
 
 inline int choose_slice(const mate_kda_args& args) {
   const int64_t heads = args.num_seqs * args.heads_v, room = multiprocessors();
-  if (heads * 2 > room) return 128;
-  return heads * 4 > room ? 64 : 32;
+  if (heads * 2 > room && shared_limit() >= static_cast<int>(sizeof(ScanShared<128>))) return 128;
+  return heads * 4 > room ? 64 : 32;  // these fit every GPU from sm_80 on
 }
 
 template <int32_t kDtype>

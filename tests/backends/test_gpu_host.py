@@ -128,6 +128,24 @@ def test_views_of_one_projection(width: int, lib: ctypes.CDLL) -> None:
     assert room[..., :128].isnan().all() and room[..., 256:].isnan().all()
 
 
+def test_offsets_beyond_32_bits(lib: ctypes.CDLL) -> None:
+    """Two sequences 2^31 elements apart, of memory that is mostly never touched."""
+    case, expected = built("batch")
+    t, apart = dict(case.tensors), 2**31
+    room = torch.empty(2 * apart + 2**20, dtype=bf16)
+
+    def place(x: torch.Tensor, offset: int) -> torch.Tensor:
+        stride = (apart, *x.stride()[1:])
+        return room.as_strided(x.shape, stride, offset).copy_(x)
+
+    for i, name in enumerate(("q", "k", "v", "g", "beta")):
+        t[name] = place(t[name], i * 2**17)
+    output = place(torch.full_like(t["v"], math.nan).contiguous(), 5 * 2**17)
+    final = torch.full((3, 2, 128, 128), math.nan)
+    assert launch(lib, call_of(t, case.options), output, final) == 0
+    check((output, final), expected)
+
+
 @pytest.mark.parametrize("state_v_first", [True, False], ids=["value-first", "key-first"])
 def test_state_in_place(state_v_first: bool, lib: ctypes.CDLL) -> None:
     case = draw(lens=[70, 0, 20], dtype=bf16, state_v_first=state_v_first)

@@ -294,6 +294,7 @@ inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
 }
 
 inline int multiprocessors() { return 4; }
+inline int shared_limit() { return 227 << 10; }
 inline const char* last_error() { return host::error(); }
 
 }  // namespace gpu
