@@ -57,11 +57,14 @@ struct Layout {
   static int64_t carry_elements(const mate_kda_args& args) { return args.heads_v * kDim * kDim; }
 };
 
-// Whether every row starts at a multiple of 16 bytes.
-inline bool is_aligned(const mate_tensor& x) {
+// Whether every row starts at a multiple of 16 bytes. A stride that is never taken may be anything.
+inline bool is_aligned(const mate_kda_args& args, const mate_tensor& x, int64_t heads) {
   const int64_t size = x.dtype == MATE_FLOAT32 ? 4 : 2;
+  const int64_t counts[] = {args.cu_seqlens ? 1 : args.num_seqs, args.total_tokens, heads};
   bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  for (const int64_t stride : x.stride) aligned = aligned && stride * size % 16 == 0;
+  for (int i = 0; i < 3; ++i) {
+    aligned = aligned && (counts[i] <= 1 || x.stride[i] * size % 16 == 0);
+  }
   return aligned;
 }
 
@@ -115,11 +118,11 @@ inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream)
   p.bounds = reinterpret_cast<int64_t*>(workspace);
   p.first_chunk = reinterpret_cast<int64_t*>(workspace + layout.first_chunk);
   p.operands = reinterpret_cast<Operands*>(workspace + layout.operands);
-  p.q_aligned = is_aligned(args.q);
-  p.k_aligned = is_aligned(args.k);
-  p.v_aligned = is_aligned(args.v);
-  p.g_aligned = is_aligned(args.g);
-  p.output_aligned = is_aligned(args.output);
+  p.q_aligned = is_aligned(args, args.q, args.heads_qk);
+  p.k_aligned = is_aligned(args, args.k, args.heads_qk);
+  p.v_aligned = is_aligned(args, args.v, args.heads_v);
+  p.g_aligned = is_aligned(args, args.g, args.heads_v);
+  p.output_aligned = is_aligned(args, args.output, args.heads_v);
   if (args.cu_seqlens && !launch(plan, 1, kPlanThreads, kPlanShared, stream, p)) return false;
   float* carry = reinterpret_cast<float*>(workspace + layout.carry);
   return args.q.dtype == MATE_FLOAT16 ? launch_slabs<MATE_FLOAT16>(p, layout, carry, stream)
