@@ -113,6 +113,15 @@ def test_any_alignment(shift: int, lib: ctypes.CDLL) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
 
 
+def test_no_access_is_misaligned(tmp_path: Path) -> None:
+    """A GPU faults where this processor does not: UndefinedBehaviorSanitizer ends the process."""
+    checked = gpu_host.build(tmp_path, "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
+    for name in ("grouped", "bf16-key-first", "fp32-gate-and-beta", "varlen-int32-fp16"):
+        case, expected = built(name)
+        for shift in (0, 1, 2, 4):
+            check(run(checked, case, shift=shift), expected)
+
+
 @pytest.mark.parametrize("width", [3 * 128, 3 * 128 + 8, 3 * 128 + 1], ids=str)
 def test_views_of_one_projection(width: int, lib: ctypes.CDLL) -> None:
     case, expected = built("T150")
