@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc mate -type f -not -name '*.so' -not -name '*.pyc')
 
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
 .PHONY: demo test fuzz test-sanitize bench lint format develop clean
 
 demo: $(VENV)/installed
@@ -34,7 +36,6 @@ test-sanitize: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cpu.py
 
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

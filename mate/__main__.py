@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mate
-from mate.backends import Choice, NoBackendError, native
+from mate.backends import Choice, NoBackendError, gpu, native
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
@@ -50,6 +50,12 @@ def _devices() -> list[str]:
     return found
 
 
+def _problem(device: str) -> str | None:
+    """Why there are no kernels for GPUs of this type; None where the library loads."""
+    library = gpu.library(device)
+    return library if isinstance(library, str) else None
+
+
 def check() -> dict[str, Any]:
     """Everything ``mate check`` says, as plain data; ``ok`` is false where a call would be slow."""
     library = native.library()
@@ -81,7 +87,8 @@ def check() -> dict[str, Any]:
             "cpu": {
                 "isa": native.isa(),
                 "problem": library if isinstance(library, str) else None,
-            }
+            },
+            **{device: {"problem": _problem(device)} for device in gpu.DEVICES},
         },
         "calls": calls,
         "ok": all(call["forward"] == "native" for call in calls),
@@ -96,6 +103,9 @@ def _print(report: dict[str, Any]) -> None:
     print(f"cpu: {cpu['model']}, {cpu['threads']} threads, {' '.join(cpu['features'])}")
     kernels = report["native"]["cpu"]
     print(f"cpu kernels: {kernels['isa'] or 'none'}")
+    for device in gpu.DEVICES:
+        problem = report["native"][device]["problem"]
+        print(f"{device} kernels: {'none, ' + problem if problem else 'built'}")
     print(f"\n{'device':8}{'dtype':10}{'forward':10}backward")
     for call in report["calls"]:
         print(f"{call['device']:8}{call['dtype']:10}{call['forward']:10}{call['backward']}")

@@ -83,6 +83,43 @@ print(warning.message)
     assert "install a C++ compiler" in done.stdout and "pip install" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("machines", "said"),
+    [("cpu,cuda", "no working nvcc was found"), ("cpu,tpu", "`tpu` is not one of cpu, cuda")],
+)
+def test_what_mate_build_names_must_build(tmp_path, machines, said):
+    environment = os.environ | {"MATE_BUILD": machines, "CUDACXX": "/no/nvcc"}
+    done = subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and said in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_mate_build_cuda(tmp_path):
+    """The library is made for one architecture; without a GPU its launches fail in words."""
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DMATE_BUILD=cpu,cuda"]
+    subprocess.run([*command, "-DCMAKE_CUDA_ARCHITECTURES=90"], check=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--target", "mate_cuda"], check=True)
+    program = """
+import torch, gpu_host
+from pathlib import Path
+import ctypes, sys
+from kda_cases import draw
+from mate.backends import gpu
+lib = gpu.load(Path(sys.argv[1]))
+case = draw(T=70, dtype=torch.bfloat16)
+call = gpu_host.call_of(case.tensors, case.options)
+if not torch.cuda.is_available():
+    assert gpu_host.launch(lib, call, torch.empty_like(call.v), None) == 3
+    assert lib.mate_gpu_last_error()
+"""
+    paths = f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/backends'}"
+    paths += os.pathsep + os.environ.get("PYTHONPATH", "")
+    command = [sys.executable, "-c", program, str(tmp_path / "libmate_cuda.so")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths})
+
+
 @pytest.mark.parametrize("module", ["transformers", "torch_musa", "accelerate"])
 def test_import_mate_does_not_import(module):
     program = f"import sys, mate; mate.layers.KDACache; sys.exit({module!r} in sys.modules)"

@@ -1,7 +1,7 @@
 """Who serves a call, decided when it is made, and in words why another backend does not.
 
-Backends are tried in order: ``native`` (the compiled kernels), then ``pytorch`` (plain PyTorch,
-any device). ``MATE_DISABLE=native`` (a comma-separated list) switches backends off.
+Backends are tried in order: ``native`` (the kernels compiled for the device), then ``pytorch``
+(plain PyTorch, any device). ``MATE_DISABLE=native`` (a comma-separated list) switches backends off.
 """
 
 import os
@@ -14,11 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mate.backends import native, pytorch
+from mate.backends import gpu, native, pytorch
 from mate.backends.call import KdaCall
 from mate.backends.switches import NAMES, disabled
 
-_BACKENDS: dict[str, ModuleType] = dict(zip(NAMES, (native, pytorch), strict=True))
+
+def _backend(name: str, device: torch.device) -> ModuleType:
+    if name == "pytorch":
+        return pytorch
+    return gpu if device.type in gpu.DEVICES else native
 
 
 class Choice(NamedTuple):
@@ -46,9 +50,9 @@ def backend_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.b
     """
     device = _device(device)
     refusals: dict[str, str] = {}
-    for name, backend in _BACKENDS.items():
+    for name in NAMES:
         reason = "switched off by MATE_DISABLE" if disabled(name) else None
-        reason = reason or backend.refusal(device, dtype)
+        reason = reason or _backend(name, device).refusal(device, dtype)
         if reason is None:
             return Choice(name, refusals)
         refusals[name] = reason
@@ -94,7 +98,7 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """Writes output [B, T, Hv, V] and, where given, the final state, by the first able backend."""
     choice = backend_for(call.q.device, call.q.dtype)
     _warn_once(choice, call.q.device)
-    _BACKENDS[choice.name].forward(call, output, final_state)
+    _backend(choice.name, call.q.device).forward(call, output, final_state)
 
 
 def backward(

@@ -102,7 +102,7 @@ def use_isa(name: str | None) -> bool:
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve a call; None when it can."""
     if device.type != "cpu":
-        return f"native kernels for {device.type} are not built"
+        return f"there are no native kernels for {device.type}"
     if dtype not in DTYPE_CODES:
         return f"{dtype} is not one of float32, float16, bfloat16"
     lib = library()
@@ -124,15 +124,8 @@ def _fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
-    """Writes the output [B, T, Hv, V] and, where given, the final state.
-
-    ``final_state`` may be the memory of ``call.initial_state``.
-    """
-    lib = library()
-    if isinstance(lib, str):
-        raise RuntimeError(lib)
-    # tensors made here must live until the call returns
+def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[bytes, list[Tensor]]:
+    """The ``mate_kda_args`` of a call, and tensors made for it, to be kept until it returns."""
     A_log, dt_bias = _fp32(call.A_log), _fp32(call.dt_bias)
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     gate = GATE_LOG_DECAY
@@ -142,21 +135,33 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     fields: list[float] = []
     for x in (call.q, call.k, call.v, call.g, call.beta, output, call.initial_state, final_state):
         fields += tensor_fields(x)
-    status = lib.mate_kda_forward(
-        _KDA.pack(
-            *fields,
-            *(0 if x is None else x.data_ptr() for x in (A_log, dt_bias, cu_seqlens)),
-            call.num_seqs, tokens, tokens, call.q.shape[2], call.v.shape[2],
-            call.scale, call.lower_bound or 0.0,
-            cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
-            gate,
-            L2NORM * call.l2norm
-            | BETA_SIGMOID * call.beta_sigmoid
-            | NEG_EIGVAL * call.neg_eigval
-            | STATE_V_FIRST * call.state_v_first,
-            RECURRENT if call.recurrent else AUTO,
-            torch.get_num_threads(),
-        )
+    packed = _KDA.pack(
+        *fields,
+        *(0 if x is None else x.data_ptr() for x in (A_log, dt_bias, cu_seqlens)),
+        call.num_seqs, tokens, tokens, call.q.shape[2], call.v.shape[2],
+        call.scale, call.lower_bound or 0.0,
+        cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+        gate,
+        L2NORM * call.l2norm
+        | BETA_SIGMOID * call.beta_sigmoid
+        | NEG_EIGVAL * call.neg_eigval
+        | STATE_V_FIRST * call.state_v_first,
+        RECURRENT if call.recurrent else AUTO,
+        torch.get_num_threads(),
     )  # fmt: skip
+    return packed, [x for x in (A_log, dt_bias, cu_seqlens) if x is not None]
+
+
+def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
+    """Writes the output [B, T, Hv, V] and, where given, the final state.
+
+    ``final_state`` may be the memory of ``call.initial_state``.
+    """
+    lib = library()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    packed, keep = pack(call, output, final_state)
+    status = lib.mate_kda_forward(packed)
+    del keep
     if status != 0:
         raise RuntimeError(f"the native KDA kernel failed: {STATUS.get(status, status)}")

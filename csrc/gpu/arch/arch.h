@@ -1,0 +1,26 @@
+// What a kernel may use of the machine. Each header beside this one offers the same names:
+//
+// clang-format off
+//   MATE_DEVICE, MATE_KERNEL(threads, blocks)       functions; blocks that must fit a multiprocessor
+//   MATE_UNROLL, MATE_NO_UNROLL                     loops
+//   thread_index(), block_index(), lane_index()     blocks are one-dimensional, warps 32 wide
+//   shared_memory()                                 of the size that the launch asks for
+//   MATE_BARRIER(), MATE_WARP_BARRIER()             all threads of a block, of a warp
+//   shuffle_xor(x, mask)                            the value of lane ^ mask
+//   FragA, FragB, FragC                             a warp's 16 x 16 operands and accumulator
+//   load_a, load_b_columns, load_b_rows, multiply   C += A B; bf16 operands, fp32 accumulators
+//   row_of(v), column_of(v)                         where element v of this lane's FragC lies
+//   to_operand(c, scratch)                          a FragC rounded to a FragA
+//   copy_async, copy_commit, copy_wait<N>           16 bytes to shared memory, in groups
+//   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits, fast_exp
+//   launch, multiprocessors, shared_limit, last_error   on the host
+// clang-format on
+// An accumulator need not have an operand's layout: to_operand may go through `scratch`,
+// kScratch elements of shared memory a warp.
+#pragma once
+
+#if defined(__CUDACC__)
+#include "cuda.h"
+#else
+#include "host.h"
+#endif

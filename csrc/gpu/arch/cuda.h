@@ -1,0 +1,125 @@
+// CUDA, from sm_80 on: see arch.h for the names. A 16 x 16 product is two mma.sync.m16n8k16.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define MATE_DEVICE __device__ __forceinline__
+#define MATE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define MATE_UNROLL _Pragma("unroll")
+#define MATE_NO_UNROLL _Pragma("unroll 1")
+#define MATE_BARRIER() __syncthreads()
+#define MATE_WARP_BARRIER() __syncwarp()
+
+namespace mate {
+namespace gpu {
+
+MATE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+MATE_DEVICE int64_t block_index() { return blockIdx.x; }
+MATE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+MATE_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char mate_shared[];
+  return mate_shared;
+}
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+MATE_DEVICE float fast_exp(float x) { return __expf(x); }
+MATE_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+MATE_DEVICE uint16_t to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+MATE_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+MATE_DEVICE float from_fp16(uint16_t half) { return __half2float(__ushort_as_half(half)); }
+MATE_DEVICE uint16_t to_fp16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// ---- shuffles and copies ------------------------------------------------------------------------
+
+MATE_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+MATE_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// `valid` false: zeros, and `from` is not read.
+MATE_DEVICE void copy_async(void* to, const void* from, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+MATE_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kInFlight>
+MATE_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+}
+
+// ---- products ---------------------------------------------------------------
+
+MATE_DEVICE void load_matrices(uint32_t (&x)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+MATE_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+MATE_DEVICE void mma_sync(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+}  // namespace gpu
+}  // namespace mate
+
+#include "mma_sync.h"
+
+namespace mate {
+namespace gpu {
+
+// ---- launching ----------------------------------------------------------------------------------
+
+inline cudaError_t& launch_error() {
+  static thread_local cudaError_t error = cudaSuccess;
+  return error;
+}
+inline const char* last_error() {
+  return launch_error() == cudaSuccess ? "" : cudaGetErrorString(launch_error());
+}
+
+template <class Params>
+inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
+                   void* stream, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                             arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+  }
+  if (error == cudaSuccess) return true;
+  launch_error() = error;
+  cudaGetLastError();  // reported here, not by whoever asks next
+  return false;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+}  // namespace gpu
+}  // namespace mate

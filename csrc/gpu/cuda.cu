@@ -1,0 +1,2 @@
+// The kernels for NVIDIA GPUs.
+#include "forward.h"

@@ -1,0 +1,5 @@
+// The kernels on an emulated GPU, for tests.
+#include "forward.h"
+
+// Barriers of the source are numbered from 0.
+MATE_EXPORT int mate_gpu_host_barriers(void) { return __COUNTER__; }

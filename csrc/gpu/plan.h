@@ -1,0 +1,66 @@
+// Where each sequence's tokens and chunks lie, from cu_seqlens on the device.
+#pragma once
+
+#include "params.h"
+
+namespace mate {
+namespace gpu {
+
+constexpr int kPlanThreads = 256;
+constexpr int kPlanShared = kPlanThreads * sizeof(int64_t);
+
+MATE_DEVICE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+MATE_DEVICE int64_t clamped_bound(const Params& p, int64_t i) {
+  const int64_t x = p.args.cu_seqlens_is_64bit ? static_cast<const int64_t*>(p.args.cu_seqlens)[i]
+                                               : static_cast<const int32_t*>(p.args.cu_seqlens)[i];
+  return x < 0 ? 0 : x < p.args.total_tokens ? x : p.args.total_tokens;
+}
+
+// values[i] becomes values[0] combined with .. values[i - 1]; the first 0.
+template <class Combine>
+MATE_DEVICE void scan_before(int64_t* values, const Combine& combine) {
+  MATE_BARRIER();
+  if (thread_index() == 0) {
+    int64_t last = 0;
+    for (int i = 0; i < kPlanThreads; ++i) {
+      const int64_t next = combine(last, values[i]);
+      values[i] = last;
+      last = next;
+    }
+  }
+  MATE_BARRIER();
+}
+
+// One block; each thread takes a run of neighbouring sequences. Whatever cu_seqlens holds, bounds
+// come out inside [0, total_tokens] and never decrease.
+MATE_KERNEL(kPlanThreads, 1) plan(const Params p) {
+  int64_t* values = reinterpret_cast<int64_t*>(shared_memory());
+  int64_t& mine = values[thread_index()];
+  const int64_t n = p.args.num_seqs + 1, share = divide_up(n, kPlanThreads);
+  const int64_t begin = thread_index() * share, end = begin + share < n ? begin + share : n;
+
+  mine = 0;
+  for (int64_t i = begin; i < end; ++i) mine = larger(mine, clamped_bound(p, i));
+  scan_before(values, [](int64_t a, int64_t b) { return larger(a, b); });
+  int64_t last = mine;
+  for (int64_t i = begin; i < end; ++i) {
+    last = larger(last, clamped_bound(p, i));
+    p.bounds[i] = last;
+  }
+  MATE_BARRIER();  // bounds are read by neighbours, `mine` is written again
+
+  mine = 0;
+  for (int64_t i = begin; i < end && i + 1 < n; ++i) {
+    mine += divide_up(p.bounds[i + 1] - p.bounds[i], kChunk);
+  }
+  scan_before(values, [](int64_t a, int64_t b) { return a + b; });
+  int64_t chunks = mine;
+  for (int64_t i = begin; i < end; ++i) {
+    p.first_chunk[i] = chunks;
+    if (i + 1 < n) chunks += divide_up(p.bounds[i + 1] - p.bounds[i], kChunk);
+  }
+}
+
+}  // namespace gpu
+}  // namespace mate

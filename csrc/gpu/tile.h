@@ -1,0 +1,102 @@
+// Matrices of 16-bit numbers in shared memory, and elements of the caller's tensors.
+#pragma once
+
+#include "params.h"
+
+namespace mate {
+namespace gpu {
+
+// Rows of kColumns numbers. Pieces of 8 are permuted within a row, so that the same piece of 8
+// neighbouring rows, which is what a product's operand is loaded from, lies in different banks.
+template <int kColumns>
+struct Tile {
+  static constexpr int kPieces = kColumns / 8;
+  uint16_t* data;
+
+  MATE_DEVICE uint16_t* at(int row, int column) const {
+    const int turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
+    return data + row * kColumns + (column / 8 ^ turn) * 8 + column % 8;
+  }
+};
+
+MATE_DEVICE void store_pair(uint16_t* to, uint32_t both) {
+  *reinterpret_cast<uint32_t*>(to) = both;
+}
+
+struct alignas(16) Eight {
+  uint32_t x[4];  // 16-bit numbers, two in each
+};
+struct Pair {
+  float x, y;
+};
+
+template <int32_t kDtype>
+MATE_DEVICE float from_16_bits(uint32_t bits) {
+  if (kDtype == MATE_FLOAT16) return from_fp16(static_cast<uint16_t>(bits));
+  return from_bits(bits << 16);
+}
+template <int32_t kDtype>
+MATE_DEVICE uint16_t to_16_bits(float x) {
+  return kDtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
+}
+template <int32_t kDtype>
+MATE_DEVICE Pair unpack(uint32_t both) {
+  return {from_16_bits<kDtype>(both & 0xffffu), from_16_bits<kDtype>(both >> 16)};
+}
+
+MATE_DEVICE float load_element(const void* p, int64_t index, int32_t dtype) {
+  if (dtype == MATE_FLOAT32) return static_cast<const float*>(p)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(p)[index];
+  return dtype == MATE_FLOAT16 ? from_fp16(bits) : from_bits(static_cast<uint32_t>(bits) << 16);
+}
+MATE_DEVICE void store_element(void* p, int64_t index, int32_t dtype, float x) {
+  if (dtype == MATE_FLOAT32) {
+    static_cast<float*>(p)[index] = x;
+  } else {
+    static_cast<uint16_t*>(p)[index] = dtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
+  }
+}
+
+// Two neighbouring channels of a row; `column` is even.
+MATE_DEVICE Pair load_two(const void* row, int column, int32_t dtype, bool aligned) {
+  if (!aligned) {
+    return {load_element(row, column, dtype), load_element(row, column + 1, dtype)};
+  }
+  if (dtype == MATE_FLOAT32) {
+    struct alignas(8) Floats {
+      float x, y;
+    };
+    const Floats both = *reinterpret_cast<const Floats*>(static_cast<const float*>(row) + column);
+    return {both.x, both.y};
+  }
+  const uint32_t both =
+      *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(row) + column);
+  return dtype == MATE_FLOAT16 ? unpack<MATE_FLOAT16>(both) : unpack<MATE_BFLOAT16>(both);
+}
+
+MATE_DEVICE Eight load_eight(const void* row, int column, bool aligned) {
+  const uint16_t* p = static_cast<const uint16_t*>(row) + column;
+  if (aligned) return *reinterpret_cast<const Eight*>(p);
+  Eight out;
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) out.x[i] = p[2 * i] | static_cast<uint32_t>(p[2 * i + 1]) << 16;
+  return out;
+}
+MATE_DEVICE void store_eight(void* row, int column, bool aligned, const Eight& x) {
+  uint16_t* p = static_cast<uint16_t*>(row) + column;
+  if (aligned) {
+    *reinterpret_cast<Eight*>(p) = x;
+    return;
+  }
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    p[2 * i] = static_cast<uint16_t>(x.x[i]);
+    p[2 * i + 1] = static_cast<uint16_t>(x.x[i] >> 16);
+  }
+}
+
+// The number of pieces of 8 in the tiles of `row` that are on or below the diagonal.
+MATE_DEVICE int lower_pieces(int row) { return (row / kBlock + 1) * (kBlock / 8); }
+
+}  // namespace gpu
+}  // namespace mate

@@ -1,0 +1,31 @@
+// The C interface of the GPU kernels. Everything of kda.h holds, with device pointers; fp16 and
+// bf16 inputs. The values of cu_seqlens stay on the device: sequences are clamped to [0,
+// total_tokens] there.
+#pragma once
+
+#include "kda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum mate_gpu_status {
+  MATE_LAUNCH_FAILED = 3,  // the driver refused a launch: see mate_gpu_last_error
+};
+
+// Bytes of device memory that mate_gpu_kda_forward needs beside the tensors, bounded however many
+// tokens there are; -1: these arguments are not served. Reads no device memory.
+int64_t mate_gpu_kda_workspace(const mate_kda_args* args);
+
+// Queues the forward pass on `stream` (a cudaStream_t) of the current device and returns a
+// mate_status or mate_gpu_status. Allocates nothing, waits for nothing, reads no device memory on
+// the host: a CUDA graph can capture it. `workspace` starts at a multiple of 256 bytes and may be
+// used again once the stream has passed.
+int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream);
+
+// What the driver said about the last launch of this thread that failed; "" if none did.
+const char* mate_gpu_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,92 @@
+"""The native backend on GPUs: loads the device's library with ctypes and queues its kernels.
+
+The C interface is ``csrc/include/mate/gpu.h``. Kernels run on PyTorch's current stream; their
+workspace comes from PyTorch's allocator. Nothing waits for the device.
+"""
+
+import ctypes
+import functools
+import os
+from ctypes import c_char_p, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mate.backends.call import KdaCall
+from mate.backends.native import ABI_VERSION, STATUS, pack
+
+DEVICES = ("cuda",)
+
+
+def library_path(device_type: str) -> Path:
+    """Where a device's library lies; ``MATE_CUDA_LIBRARY`` names another build of it."""
+    named = os.environ.get(f"MATE_{device_type.upper()}_LIBRARY")
+    return Path(named) if named else Path(__file__).parents[1] / "lib" / f"libmate_{device_type}.so"
+
+
+def load(path: Path) -> ctypes.CDLL | str:
+    """The library with its functions' types, or why it cannot be used."""
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} could not be loaded: {error}"
+    lib.mate_gpu_kda_workspace.argtypes = [c_char_p]
+    lib.mate_gpu_kda_workspace.restype = c_int64
+    lib.mate_gpu_kda_forward.argtypes = [c_char_p, c_void_p, c_void_p]
+    lib.mate_gpu_last_error.restype = c_char_p
+    if lib.mate_abi_version() != ABI_VERSION:
+        return f"{path} belongs to another version of mate; reinstall mate"
+    return lib
+
+
+@functools.cache
+def library(device_type: str) -> ctypes.CDLL | str:
+    """The loaded library of a device type, or why there is none."""
+    path = library_path(device_type)
+    if not path.exists():
+        return (
+            f"the {device_type} kernels were not built when mate was installed; with its compiler "
+            f"at hand run `MATE_BUILD=cpu,{device_type} pip install --force-reinstall --no-deps .` "
+            "in mate's source folder"
+        )
+    return load(path)
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve a call; None when it can."""
+    if torch.version.hip:
+        return "there are no native kernels for ROCm"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the {device.type} kernels serve float16 and bfloat16, not {dtype}"
+    lib = library(device.type)
+    if isinstance(lib, str):
+        return lib
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the cuda kernels need compute capability 8.0, not {capability[0]}.{capability[1]}"
+    return None
+
+
+def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
+    """Queues the output [B, T, Hv, V] and, where given, the final state.
+
+    ``final_state`` may be the memory of ``call.initial_state``.
+    """
+    device = call.q.device
+    lib = library(device.type)
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    with torch.cuda.device(device):
+        packed, keep = pack(call, output, final_state)
+        size = max(0, lib.mate_gpu_kda_workspace(packed))
+        # PyTorch gives memory back to work queued on the same stream only, so that both may be
+        # freed before the kernels have run.
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream)
+    del keep
+    if status == 3:
+        raise RuntimeError(f"a KDA kernel was not launched: {lib.mate_gpu_last_error().decode()}")
+    if status != 0:
+        raise RuntimeError(f"the {device.type} KDA kernel failed: {STATUS.get(status, status)}")

@@ -1,0 +1,104 @@
+"""Calls for the GPU kernels, real and emulated: a small one for every feature."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from kda_cases import BOUNDS, Case, draw
+from torch import Tensor
+
+bf16, fp16 = torch.bfloat16, torch.float16
+BOUND = BOUNDS[bf16][:2]  # output, final state: the contract's
+# and its exceptions for keys that are nearly alike
+CORRELATED = {
+    "cosine-0.75": (8e-3, 8e-3),
+    "cosine-0.9": (1e-2, 1e-2),
+    "cosine-0.99": (2.5e-2, 2.5e-2),
+}
+LOGITS = {"cosine-0.75": 2.94, "cosine-0.9": 3.89, "cosine-0.99": 6.2}  # b = 0.95, 0.98, 0.998
+
+
+def _with(case: Case, **dtypes: torch.dtype) -> Case:
+    case.tensors |= {name: case.tensors[name].to(dtype) for name, dtype in dtypes.items()}
+    return case
+
+
+def _raw_keys() -> Case:
+    """q, k and beta as they enter the recurrence."""
+    options = {"use_qk_l2norm_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
+    case = draw(T=80, dtype=bf16, **options)
+    for name in ("q", "k"):
+        case.tensors[name] *= 0.08
+    case.tensors["beta"] = torch.rand_like(case.tensors["beta"])
+    return case
+
+
+def _correlated(name: str) -> Case:
+    cosine = float(name.removeprefix("cosine-"))
+    case = draw(
+        T=600, Hqk=1, Hv=1, gate="softplus", regime="remembering", cosine=cosine, dtype=bf16
+    )
+    case.tensors["beta"].fill_(LOGITS[name])
+    return case
+
+
+def _neutral_tokens() -> Case:
+    """g = -inf in a gated call and beta = -inf change nothing."""
+    case = draw(T=80, dtype=bf16)
+    case.tensors["g"][:, 20:30] = -torch.inf
+    case.tensors["beta"][:, 20:30] = -torch.inf
+    return case
+
+
+def _zero_rows() -> Case:
+    case = draw(T=70, dtype=bf16)
+    for name in ("q", "k"):
+        case.tensors[name][:, 3:5] = 0
+    return case
+
+
+def _int32(case: Case) -> Case:
+    return _with(case, cu_seqlens=torch.int32)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    **{f"T{T}": functools.partial(draw, T=T, dtype=bf16) for T in (0, 1, 63, 64, 65, 150)},
+    **{
+        f"{gate}-{regime}": functools.partial(draw, T=130, gate=gate, regime=regime, dtype=bf16)
+        for gate in ("bounded", "softplus", "log")
+        for regime in ("forgetting", "remembering", "strong", "mixed")
+    },
+    "log-erasing": lambda: draw(T=130, gate="log", regime="erasing", dtype=bf16),
+    **{name: functools.partial(_correlated, name) for name in CORRELATED},
+    "long": lambda: draw(T=1000, Hqk=1, Hv=1, gate="softplus", regime="remembering", dtype=bf16),
+    "fp16": lambda: draw(T=130, dtype=fp16),
+    "fp16-log-erasing": lambda: draw(T=130, gate="log", regime="erasing", dtype=fp16),
+    "fp32-gate-and-beta": lambda: _with(
+        draw(T=80, dtype=bf16), g=torch.float32, beta=torch.float32
+    ),
+    "batch": lambda: draw(B=3, T=75, dtype=bf16),
+    "one-head": lambda: draw(T=400, Hqk=1, Hv=1, dtype=bf16),
+    "grouped": lambda: draw(T=80, Hqk=2, Hv=6, dtype=bf16),
+    "no-initial-state": lambda: draw(T=80, state=False, dtype=bf16),
+    "key-first": lambda: draw(T=80, state_v_first=False, dtype=bf16),
+    "bf16-state": lambda: _with(draw(T=80, dtype=bf16), initial_state=bf16),
+    "bf16-key-first": lambda: _with(
+        draw(T=80, dtype=bf16, state_v_first=False), initial_state=bf16
+    ),
+    "fp16-state": lambda: _with(draw(T=80, dtype=fp16), initial_state=fp16),
+    "scale": lambda: draw(T=40, scale=0.3, dtype=bf16),
+    "lower-bound-40": lambda: draw(T=80, lower_bound=-40.0, dtype=bf16),
+    "negative-eigenvalues": lambda: draw(T=80, allow_neg_eigval=True, dtype=bf16),
+    "no-l2norm-no-sigmoid": _raw_keys,
+    "neutral-tokens": _neutral_tokens,
+    "zero-rows": _zero_rows,
+    "varlen": lambda: draw(lens=[5, 0, 70, 1, 0, 129, 0], dtype=bf16),
+    "varlen-int32-fp16": lambda: _int32(draw(lens=[0, 3, 66, 13], dtype=fp16, state_v_first=False)),
+}
+
+
+@functools.cache
+def built(name: str) -> tuple[Case, tuple[Tensor, Tensor]]:
+    """A case with its expected output and final state; not to be changed."""
+    case = CASES[name]()
+    return case, case.reference()

@@ -1,0 +1,330 @@
+"""The GPU kernels on an emulated GPU, through their C interface, against the float64 recurrence.
+
+The same source runs on real ones (tests/backends/test_gpu.py, where there is one).
+"""
+
+import ctypes
+import functools
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import gpu_host
+import pytest
+import torch
+from gpu_cases import BOUND, CASES, CORRELATED, built
+from gpu_host import ROOT, call_of, launch, run
+from kda_cases import Case, draw, rel_rms
+
+from mate.functional.reference import kda_reference
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+pytestmark = needs_compiler
+bf16, fp16 = torch.bfloat16, torch.float16
+UNSUPPORTED, LAUNCH_FAILED = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The reference's small steps gain nothing from a second one, and wait for it if it is busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return gpu_host.build(tmp_path_factory.mktemp("gpu_host"))
+
+
+@pytest.fixture(scope="module")
+def few_chunks_a_slab(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Room for 5 chunks of one head: slabs cut sequences everywhere."""
+    folder = tmp_path_factory.mktemp("gpu_host_slabs")
+    return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(460<<10)")
+
+
+@pytest.fixture(scope="module")
+def cuda_layout(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return gpu_host.build(tmp_path_factory.mktemp("gpu_host_mma"), "-DMATE_GPU_HOST_MMA_SYNC")
+
+
+def check(actual: tuple, expected: tuple, bound: tuple[float, float] = BOUND) -> None:
+    assert rel_rms(actual[0], expected[0]) <= bound[0]
+    assert rel_rms(actual[1], expected[1]) <= bound[1]
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_recurrence(name: str, lib: ctypes.CDLL) -> None:
+    case, expected = built(name)
+    check(run(lib, case), expected, CORRELATED.get(name, BOUND))
+
+
+@pytest.mark.parametrize("name", ["varlen", "batch", "T150", "key-first", "one-head", "T0"])
+def test_slabs(name: str, few_chunks_a_slab: ctypes.CDLL, lib: ctypes.CDLL) -> None:
+    """A sequence that slabs cut carries its state on as it is."""
+    case, expected = built(name)
+    actual = run(few_chunks_a_slab, case)
+    check(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
+
+
+@pytest.mark.parametrize("name", ["T150", "varlen-int32-fp16", "cosine-0.9"])
+def test_layout_of_mma_sync(name: str, cuda_layout: ctypes.CDLL) -> None:
+    """arch/mma_sync.h over emulated instructions: what cuda.h runs, but for the assembler."""
+    case, expected = built(name)
+    check(run(cuda_layout, case), expected, CORRELATED.get(name, BOUND))
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65])
+def test_every_tail(n: int, lib: ctypes.CDLL) -> None:
+    case = draw(lens=[64 + n, n], Hqk=1, Hv=1, dtype=bf16, seed=n)
+    check(run(lib, case), case.reference())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_slices_of_value_channels(heads: int, lib: ctypes.CDLL) -> None:
+    """The emulated GPU's size makes these take slices of 32, 64 and 128 channels."""
+    case = draw(T=70, Hqk=1, Hv=heads, dtype=bf16)
+    check(run(lib, case), case.reference())
+
+
+def test_without_states(lib: ctypes.CDLL) -> None:
+    case = draw(lens=[70, 0, 5], state=False, dtype=bf16)
+    expected = case.reference()
+    check(run(lib, case), expected)
+    output, untouched = run(lib, case, final_state=False)
+    assert rel_rms(output, expected[0]) <= BOUND[0]
+    assert untouched.isnan().all()
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+def test_any_alignment(shift: int, lib: ctypes.CDLL) -> None:
+    """2 or 8 bytes off: the same numbers as with vector loads."""
+    case, expected = built("grouped")
+    actual = run(lib, case, shift=shift)
+    check(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
+
+
+def test_no_access_is_misaligned(tmp_path: Path) -> None:
+    """A GPU faults where this processor does not: UndefinedBehaviorSanitizer ends the process."""
+    checked = gpu_host.build(tmp_path, "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
+    for name in ("grouped", "bf16-key-first", "fp32-gate-and-beta", "varlen-int32-fp16"):
+        case, expected = built(name)
+        for shift in (0, 1, 2, 4):
+            check(run(checked, case, shift=shift), expected)
+
+
+@pytest.mark.parametrize("width", [3 * 128, 3 * 128 + 8, 3 * 128 + 1], ids=str)
+def test_views_of_one_projection(width: int, lib: ctypes.CDLL) -> None:
+    case, expected = built("T150")
+    t = dict(case.tensors)
+    fused = torch.full((1, 150, 2, width), math.nan, dtype=bf16)
+    for i, name in enumerate("qkv"):
+        view = fused[..., i * 128 : i * 128 + 128]
+        t[name] = view.copy_(t[name])
+    room = torch.full((1, 150, 2, width), math.nan, dtype=bf16)
+    output, final = room[..., 128:256], torch.full((1, 2, 128, 128), math.nan)
+    assert launch(lib, call_of(t, case.options), output, final) == 0
+    check((output, final), expected)
+    assert room[..., :128].isnan().all() and room[..., 256:].isnan().all()
+
+
+def test_offsets_beyond_32_bits(lib: ctypes.CDLL) -> None:
+    """Two sequences 2^31 elements apart, of memory that is mostly never touched."""
+    case, expected = built("batch")
+    t, apart = dict(case.tensors), 2**31
+    room = torch.empty(2 * apart + 2**20, dtype=bf16)
+
+    def place(x: torch.Tensor, offset: int) -> torch.Tensor:
+        stride = (apart, *x.stride()[1:])
+        return room.as_strided(x.shape, stride, offset).copy_(x)
+
+    for i, name in enumerate(("q", "k", "v", "g", "beta")):
+        t[name] = place(t[name], i * 2**17)
+    output = place(torch.full_like(t["v"], math.nan).contiguous(), 5 * 2**17)
+    final = torch.full((3, 2, 128, 128), math.nan)
+    assert launch(lib, call_of(t, case.options), output, final) == 0
+    check((output, final), expected)
+
+
+@pytest.mark.parametrize("state_v_first", [True, False], ids=["value-first", "key-first"])
+def test_state_in_place(state_v_first: bool, lib: ctypes.CDLL) -> None:
+    case = draw(lens=[70, 0, 20], dtype=bf16, state_v_first=state_v_first)
+    expected = case.reference()
+    state = case.tensors["initial_state"]
+    output = torch.full_like(case.tensors["v"], math.nan)
+    assert launch(lib, call_of(case.tensors, case.options), output, state) == 0
+    check((output, state), expected)
+
+
+def test_workspace_is_bounded(lib: ctypes.CDLL) -> None:
+    """From shapes alone: nothing is launched."""
+    for T, heads in ((1 << 20, 96), (1 << 27, 8), (8192, 128)):
+        x = torch.empty(1, 1, heads, 128, dtype=bf16).expand(1, T, heads, 128)
+        t = {name: x for name in "qkvg"} | {"beta": x[..., 0]}
+        packed, _ = gpu_host.native.pack(call_of(t, {}), x, None)
+        assert 0 < lib.mate_gpu_kda_workspace(packed) <= 256 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("values", "safe"),
+    [
+        ([0, 1000], [0, 33]),
+        ([-7, 5, 2, 20], [0, 5, 5, 20]),
+        ([5, 20], [5, 20]),
+        ([-(2**31), 2**31 - 1], [0, 33]),
+    ],
+    ids=["beyond-the-end", "decreasing", "late-start", "extremes"],
+)
+def test_cu_seqlens_are_clamped(
+    values: list[int], safe: list[int], dtype: torch.dtype, lib: ctypes.CDLL
+) -> None:
+    case = draw(T=33, state=False, dtype=bf16)
+    case.tensors["cu_seqlens"] = torch.tensor(values, dtype=dtype)
+    output, final = run(lib, case)
+    expected, state = kda_reference(**{**case.kwargs(), "cu_seqlens": torch.tensor(safe)})
+    written = slice(safe[0], safe[-1])
+    check((output[:, written], final), (expected, state))
+    assert output[:, : safe[0]].isnan().all() and output[:, safe[-1] :].isnan().all()
+
+
+@pytest.mark.parametrize("count", [256, 600])
+def test_many_sequences(count: int, lib: ctypes.CDLL) -> None:
+    """More than the planning kernel has threads; most are empty."""
+    lens = [0] * count
+    lens[3], lens[count // 2], lens[-1] = 5, 66, 2
+    case = draw(lens=lens, Hqk=1, Hv=1, state=False, dtype=bf16)
+    check(run(lib, case), case.reference())
+
+
+# ---- what must not spread -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("where", ["q", "k", "v", "g", "beta", "initial_state"])
+def test_bad_numbers_stay_in_their_sequence_and_head(
+    where: str, value: float, lib: ctypes.CDLL
+) -> None:
+    case = draw(lens=[7, 68, 9], Hqk=3, Hv=3, dtype=bf16)
+    clean = run(lib, case)
+    x = case.tensors[where]
+    if where == "initial_state":
+        x[1, 1] = value
+    else:
+        x[:, 7:75, 1] = value
+    output, final = run(lib, case)
+    keep_tokens = torch.ones(84, 3, dtype=torch.bool)
+    keep_tokens[7:75, 1] = False
+    keep_states = torch.ones(3, 3, dtype=torch.bool)
+    keep_states[1, 1] = False
+    assert torch.equal(output[0][keep_tokens], clean[0][0][keep_tokens])
+    assert torch.equal(final[keep_states], clean[1][keep_states])
+    if math.isnan(value):
+        assert output[0, 7:75, 1].isnan().all()
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
+def test_dtypes_that_are_not_served(name: str, lib: ctypes.CDLL) -> None:
+    case = draw(T=20, dtype=bf16)
+    other = torch.float32 if name == "q" else fp16
+    case.tensors[name] = case.tensors[name].to(other)
+    output = torch.full_like(case.tensors["v"], gpu_host.SENTINEL)
+    assert launch(lib, call_of(case.tensors, {}), output, None) == UNSUPPORTED
+    assert (output == gpu_host.SENTINEL).all()
+
+
+# ---- the emulation ------------------------------------------------------------------------------
+
+
+@functools.cache
+def sensitive_cases() -> list[tuple[Case, tuple]]:
+    """Small calls that pass every barrier: long memories over several chunks; many sequences."""
+    gates = {"gate": "log", "regime": "remembering"}
+    cases = [draw(T=150, Hqk=1, Hv=1, dtype=bf16, cosine=0.5, **gates)]
+    cases.append(draw(lens=[1] * 300, Hqk=1, Hv=1, state=False, dtype=bf16))
+    return [(case, case.reference()) for case in cases]
+
+
+def right(lib: ctypes.CDLL, case: Case, expected: tuple) -> bool:
+    """Also false if the launch fails, or hands back what it should not have written."""
+    try:
+        check(run(lib, case), expected)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_every_order_of_threads_gives_the_same(lib: ctypes.CDLL) -> None:
+    case, expected = sensitive_cases()[0]
+    results = []
+    for seed in range(6):
+        lib.mate_gpu_host_seed(seed)
+        results.append(run(lib, case))
+        check(results[-1], expected)
+        assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+
+
+def test_every_barrier_is_needed(lib: ctypes.CDLL) -> None:
+    """Without any one of the source's barriers some order of threads gives wrong numbers."""
+    sites = lib.mate_gpu_host_barriers()
+    assert sites == 13
+    missed = []
+    try:
+        for site in range(sites):
+            lib.mate_gpu_host_drop_barrier(site)
+            for seed in range(12):
+                lib.mate_gpu_host_seed(seed)
+                if not all(right(lib, *x) for x in sensitive_cases()):
+                    break
+            else:
+                missed.append(site)
+    finally:
+        lib.mate_gpu_host_drop_barrier(-1)
+        lib.mate_gpu_host_seed(1)
+    assert not missed
+
+
+MISUSES = {
+    "skipped-barrier": "the others wait for threads that do not come",
+    "two-barriers": "threads of a block are at different barriers",
+    "two-operations": "lanes of a warp are at different operations",
+    "missing-lane": "the others wait for threads that do not come",
+    "outside-shared": "wrote outside its shared memory",
+    "misaligned-copy": "a copy's target is not aligned",
+    "too-much-shared": "is too large",
+    "none": "",
+}
+
+
+@pytest.fixture(scope="module")
+def misuse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Runs one kernel of gpu_host_misuse.cpp and returns what the launch said."""
+    program: Path = tmp_path_factory.mktemp("misuse") / "misuse"
+    flags = [x for x in gpu_host.FLAGS if x not in ("-shared", "-fPIC")]
+    sources = [ROOT / "tests/backends/gpu_host_misuse.cpp", ROOT / "csrc/gpu/arch/host.cpp"]
+    subprocess.run(["g++", *flags, f"-I{ROOT}/csrc/gpu", *sources, "-o", program], check=True)
+
+    def run_one(name: str) -> str:
+        command = [str(program), name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        return done.stdout
+
+    return run_one
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_is_reported(name: str, misuse: Callable[[str], str]) -> None:
+    said = misuse(name)
+    assert MISUSES[name] in said and bool(said) == bool(MISUSES[name])
