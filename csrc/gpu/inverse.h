@@ -6,16 +6,20 @@
 namespace mate {
 namespace gpu {
 
-MATE_DEVICE void store_split(PrepareShared& shared, int i, int j, float x) {
-  const uint16_t high = to_bf16(x);
-  *Tile<kChunk>{shared.T_high}.at(i, j) = high;
-  *Tile<kChunk>{shared.T_low}.at(i, j) = to_bf16(x - from_bits(uint32_t{high} << 16));
+// x in two terms.
+MATE_DEVICE void store_split(uint16_t* high, uint16_t* low, float x) {
+  *high = to_bf16(x);
+  *low = to_bf16(x - from_bits(uint32_t{*high} << 16));
+}
+MATE_DEVICE void store_T(PrepareShared& shared, int i, int j, int row, int column, float x) {
+  store_split(lower_tile(shared.T_high, i, j).at(row, column),
+              lower_tile(shared.T_low, i, j).at(row, column), x);
 }
 
-// The tiles on the diagonal, by forward substitution: a thread a column.
+// A warp's tile on the diagonal, by forward substitution: a lane a column.
 MATE_DEVICE void solve_diagonal(PrepareShared& shared) {
-  if (thread_index() >= kChunk) return;
-  const int block = thread_index() / kBlock, column = thread_index() % kBlock;
+  const int block = thread_index() / 32, column = lane_index();
+  if (column >= kBlock) return;
   float x[kBlock];
   MATE_UNROLL
   for (int i = 0; i < kBlock; ++i) {
@@ -23,7 +27,7 @@ MATE_DEVICE void solve_diagonal(PrepareShared& shared) {
     MATE_UNROLL
     for (int m = 0; m < i; ++m) sum -= shared.L[block][i][m] * x[m];
     x[i] = sum * shared.beta[block * kBlock + i];
-    store_split(shared, block * kBlock + i, block * kBlock + column, x[i]);
+    store_T(shared, block, block, i, column, x[i]);
   }
 }
 
@@ -47,29 +51,32 @@ MATE_DEVICE SplitA to_split_operand(const FragC& c, uint16_t* scratch) {
   return {to_operand(c, scratch), to_operand(rest, scratch)};
 }
 
-// The corner of T between the kTiles * 16 tokens from `left` on and as many after them, by block
-// doubling: -T_right L_corner T_left. A warp a tile {i, j}; no powers of L, which would cancel.
+MATE_DEVICE SplitA load_split_a(const uint16_t* high, const uint16_t* low, int i, int j) {
+  return {load_a(lower_tile(high, i, j), 0, 0), load_a(lower_tile(low, i, j), 0, 0)};
+}
+MATE_DEVICE SplitB load_split_b(const uint16_t* high, const uint16_t* low, int i, int j) {
+  return {load_b_rows(lower_tile(high, i, j), 0, 0), load_b_rows(lower_tile(low, i, j), 0, 0)};
+}
+
+// The corner of T between the kTiles tiles of tokens from `left` on and as many after them, by
+// block doubling: -T_right L_corner T_left. A warp a tile {i, j}; no powers of L, which would
+// cancel.
 template <int kTiles>
 MATE_DEVICE void fill_corner(PrepareShared& shared, int left, int i, int j) {
-  const int right = left + kTiles * kBlock;
-  const Tile<kChunk> T_high{shared.T_high}, T_low{shared.T_low};
-  const Tile<kChunk> L_high{shared.L_high}, L_low{shared.L_low};
+  const int right = left + kTiles;
   FragC corner = {};
   for (int n = j; n < kTiles; ++n) {
     FragC c = {};
     for (int m = 0; m <= i; ++m) {
-      const int row = right + i * kBlock, middle = right + m * kBlock, column = left + n * kBlock;
-      multiply(c, SplitA{load_a(T_high, row, middle), load_a(T_low, row, middle)},
-               SplitB{load_b_rows(L_high, middle, column), load_b_rows(L_low, middle, column)});
+      multiply(c, load_split_a(shared.T_high, shared.T_low, right + i, right + m),
+               load_split_b(shared.L_high, shared.L_low, right + m, left + n));
     }
-    const int row = left + n * kBlock, column = left + j * kBlock;
     multiply(corner, to_split_operand(c, shared.scratch + thread_index() / 32 * kScratch),
-             SplitB{load_b_rows(T_high, row, column), load_b_rows(T_low, row, column)});
+             load_split_b(shared.T_high, shared.T_low, left + n, left + j));
   }
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
-    store_split(shared, right + i * kBlock + row_of(v), left + j * kBlock + column_of(v),
-                -corner.x[v]);
+    store_T(shared, right + i, left + j, row_of(v), column_of(v), -corner.x[v]);
   }
 }
 
@@ -77,9 +84,9 @@ MATE_DEVICE void invert(PrepareShared& shared) {
   const int warp = thread_index() / 32;
   solve_diagonal(shared);
   MATE_BARRIER();
-  if (warp < 2) fill_corner<1>(shared, warp * 2 * kBlock, 0, 0);
+  if (warp < 2) fill_corner<1>(shared, warp * 2, 0, 0);
   MATE_BARRIER();
-  if (warp < 4) fill_corner<2>(shared, 0, warp / 2, warp % 2);
+  fill_corner<2>(shared, 0, warp / 2, warp % 2);
   MATE_BARRIER();
 }
 

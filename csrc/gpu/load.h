@@ -1,4 +1,5 @@
-// A chunk of one head's q, k, g and beta as `prepare` begins with them, and its shared memory.
+// What `prepare` begins with: a warp takes 16 of its chunk's tokens, fetches their q, k and g, and
+// leaves l2 norms and sums of log-decays in shared memory.
 #pragma once
 
 #include "tile.h"
@@ -6,137 +7,218 @@
 namespace mate {
 namespace gpu {
 
-constexpr int kHalfChunk = kChunk / 2;
-constexpr int kRun = 16;  // a thread has the decays of 2 channels and a run of so many tokens
-constexpr int kRuns = kChunk / kRun;
-constexpr int kPrepareThreads = kRuns * kDim / 2;
-constexpr int kPrepareBlocks = 512 / kPrepareThreads;  // that a multiprocessor has room for
+constexpr int kPrepareThreads = kTokenTiles * 32;  // a warp a tile of tokens
+constexpr int kPrepareBlocks = 3;                  // that a multiprocessor shall have room for
+constexpr int kLane = kDim / 32;                   // channels a lane: kLane * lane and the next
+constexpr int kStep = 8;                           // tokens at a time
 constexpr float kNormEps = 1e-6f;
+constexpr float kLog2e = 1.44269504f;
+// Log-decays are in bits. Below this one a token erases whatever fp32 can hold.
+constexpr float kErased = -160.0f;
+
+// One warp's tokens.
+struct TileShared {
+  uint16_t q[kBlock * kDim], k[kBlock * kDim];  // as the caller gave them; then rows of products
+  union {
+    float sums[kBlock][kDim];  // of log-decays, from the tile's first token on
+    struct {
+      uint16_t near[kDim], far[kDim];
+    } columns[kBlock];  // of products, see prepare.h; `far` is where 16-bit g arrives
+  };
+};
+using Columns = Tile<kDim, 2 * kDim>;
 
 struct PrepareShared {
-  uint16_t k[kChunk * kDim], q[kChunk * kDim];  // as the caller gave them
   union {
     struct {
-      uint16_t rows[2][kHalfChunk * kDim], columns[kHalfChunk * kDim];  // keys, queries; keys
+      TileShared tile[kTokenTiles];
+      uint16_t extra[2][kBlock * kDim];
     };
-    struct {
-      uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk];
+    struct {  // matrices of lower tiles, once all products are done
+      uint16_t T_high[kLowerTiles * kTile], T_low[kLowerTiles * kTile], P[kLowerTiles * kTile];
+      uint16_t L_high[kLowerTiles * kTile], L_low[kLowerTiles * kTile];
+      float L[kTokenTiles][kBlock][kBlock];  // those on the diagonal
     };
   };
-  uint16_t L_high[kChunk * kChunk], L_low[kChunk * kChunk];  // between blocks of 16 tokens
-  uint16_t P[kChunk * kChunk];
-  float L[kTokenTiles][kBlock][kBlock];  // within them
-  float total[kRuns][kDim];              // products of e
-  float sum[kRuns][kDim];                // sums of a
+  float total[kTokenTiles][kDim];  // sums over whole tiles
   float k_norm[kChunk], q_norm[kChunk], beta[kChunk];
-  uint16_t scratch[kPrepareThreads / 32 * kScratch + 8];
+  uint16_t scratch[kTokenTiles * kScratch + 8];
 };
 
-struct Work {
-  int64_t batch, token, head;
-  int tokens;  // at most kChunk; absent ones are neutral
+// A warp's tokens in the caller's tensors.
+struct Tokens {
+  int64_t batch, token, head;  // the first one; value head
+  int first, count;            // in the chunk; as many are present, at most kBlock
 };
 
-// Raw q and k, what they lack (l2 norm, and scale for q), and P's diagonal. Half a warp a row.
-template <int32_t kDtype>
-MATE_DEVICE void load_qk(const Params& p, const Work& work, PrepareShared& shared) {
-  const int64_t head = work.head / (p.args.heads_v / p.args.heads_qk);
-  const int column = thread_index() % 16 * 8;
-  MATE_UNROLL
-  for (int i = thread_index() / 16; i < kChunk; i += kPrepareThreads / 16) {
-    Eight q = {}, k = {};
-    if (i < work.tokens) {
-      q = load_eight(row_at(p.args.q, work.batch, work.token + i, head), column, p.q_aligned);
-      k = load_eight(row_at(p.args.k, work.batch, work.token + i, head), column, p.k_aligned);
-    }
-    *reinterpret_cast<Eight*>(shared.q + i * kDim + column) = q;
-    *reinterpret_cast<Eight*>(shared.k + i * kDim + column) = k;
-    float qq = 0.0f, kk = 0.0f, qk = 0.0f;
+MATE_DEVICE int lane_channel() { return lane_index() * kLane; }
+
+// ---- fetching -----------------------------------------------------------------------------------
+
+// Rows of 16-bit numbers, 16 bytes a lane; those of absent tokens are zeros.
+template <class Rows>
+MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t, int64_t head,
+                            const Rows& to) {
+  const int column = lane_index() % 16 * 8, odd = lane_index() / 16;
+  const int64_t stride = x.stride[1] * 2;
+  const char* from = row_at(x, t.batch, t.token, head) + odd * stride + column * 2;
+  if (aligned) {
     MATE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const Pair a = unpack<kDtype>(q.x[j]), b = unpack<kDtype>(k.x[j]);
-      qq += a.x * a.x + a.y * a.y;
-      kk += b.x * b.x + b.y * b.y;
-      qk += a.x * b.x + a.y * b.y;
+    for (int row = 0; row < kBlock; row += 2) {
+      copy_async(to.at(row | odd, column), from, (row | odd) < t.count);
+      from += 2 * stride;
     }
-    MATE_UNROLL
-    for (int mask = 1; mask < 16; mask *= 2) {
-      qq += shuffle_xor(qq, mask);
-      kk += shuffle_xor(kk, mask);
-      qk += shuffle_xor(qk, mask);
-    }
-    if (thread_index() % 16 == 0) {
-      const bool normalise = p.args.flags & MATE_L2NORM;
-      const float q_norm = p.args.scale * (normalise ? 1.0f / sqrtf(qq + kNormEps) : 1.0f);
-      const float k_norm = normalise ? 1.0f / sqrtf(kk + kNormEps) : 1.0f;
-      shared.q_norm[i] = q_norm;
-      shared.k_norm[i] = k_norm;
-      *Tile<kChunk>{shared.P}.at(i, i) = to_bf16(qk * q_norm * k_norm);
-    }
+    return;
+  }
+  MATE_NO_UNROLL
+  for (int row = odd; row < kBlock; row += 2) {
+    *reinterpret_cast<Eight*>(to.at(row, column)) =
+        row < t.count ? load_eight(from, 0, false) : Eight{};
+    from += 2 * stride;
   }
 }
 
-MATE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+// Rows of fp32 g, 16 bytes a lane, to where their sums will be.
+MATE_DEVICE void fetch_g32(const Params& p, const Tokens& t, TileShared& tile) {
+  const int64_t stride = p.args.g.stride[1] * 4;
+  const char* from = row_at(p.args.g, t.batch, t.token, t.head) + lane_channel() * 4;
+  MATE_NO_UNROLL
+  for (int row = 0; row < kBlock; ++row) {
+    float* to = &tile.sums[row][lane_channel()];
+    if (p.g_aligned) {
+      copy_async(to, from, row < t.count);
+    } else {
+      MATE_UNROLL
+      for (int c = 0; c < kLane; ++c) {
+        to[c] = row < t.count ? reinterpret_cast<const float*>(from)[c] : 0.0f;
+      }
+    }
+    from += stride;
+  }
+}
 
-// Relatively accurate far below zero too, where decays are near 1.
-MATE_DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+MATE_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-kLog2e * x)); }
 
-MATE_DEVICE void load_beta(const Params& p, const Work& work, PrepareShared& shared) {
-  const int i = thread_index();
-  if (i >= kChunk) return;
+MATE_DEVICE void fetch_beta(const Params& p, const Tokens& t, PrepareShared& shared) {
+  const int i = lane_index();
+  if (i >= kBlock) return;
   float b = 0.0f;
-  if (i < work.tokens) {
-    const char* at = row_at(p.args.beta, work.batch, work.token + i, work.head);
+  if (i < t.count) {
+    const char* at = row_at(p.args.beta, t.batch, t.token + i, t.head);
     b = load_element(at, 0, p.args.beta.dtype);
     if (p.args.flags & MATE_BETA_SIGMOID) {
       b = sigmoid(b) * (p.args.flags & MATE_NEG_EIGVAL ? 2.0f : 1.0f);
     }
   }
-  shared.beta[i] = b;
+  shared.beta[t.first + i] = b;
 }
 
-// P above its diagonal in the tiles on it.
-MATE_DEVICE void clear_P(PrepareShared& shared) {
-  for (int n = thread_index(); n < kChunk * kBlock; n += kPrepareThreads) {
-    const int i = n / kBlock, j = i / kBlock * kBlock + n % kBlock;
-    if (j > i) *Tile<kChunk>{shared.P}.at(i, j) = 0;
+// ---- norms --------------------------------------------------------------------------------------
+
+// What the rows of q and k are to be multiplied by: two lanes a row.
+template <int32_t kDtype>
+MATE_DEVICE void find_norms(const Params& p, const Tokens& t, PrepareShared& shared) {
+  const int row = lane_index() / 2, half = lane_index() % 2;
+  float q_norm = p.args.scale, k_norm = 1.0f;
+  if (p.args.flags & MATE_L2NORM) {
+    const TileShared& tile = shared.tile[thread_index() / 32];
+    float qq = 0.0f, kk = 0.0f;
+    MATE_NO_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int column = half * 64 + (i ^ half * 4) * 8;  // the halves meet different banks
+      const Eight q = *reinterpret_cast<const Eight*>(Tile<kDim>{tile.q}.at(row, column));
+      const Eight k = *reinterpret_cast<const Eight*>(Tile<kDim>{tile.k}.at(row, column));
+      MATE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Pair a = unpack<kDtype>(q.x[j]), b = unpack<kDtype>(k.x[j]);
+        qq += a.x * a.x;
+        qq += a.y * a.y;
+        kk += b.x * b.x;
+        kk += b.y * b.y;
+      }
+    }
+    qq += shuffle_xor(qq, 1);
+    kk += shuffle_xor(kk, 1);
+    q_norm *= fast_rsqrt(qq + kNormEps);
+    k_norm = fast_rsqrt(kk + kNormEps);
+  }
+  if (half == 0) {
+    shared.q_norm[t.first + row] = q_norm;
+    shared.k_norm[t.first + row] = k_norm;
   }
 }
 
-// One thread's decays, see above. out also carries k's norm.
-struct Factors {
-  int first, channel;
-  float in[kRun][2], out[kRun][2];
-};
+// ---- log-decays ---------------------------------------------------------------------------------
 
-MATE_DEVICE float log_decay(const Params& p, float g, float rate, float bias) {
-  if (p.args.gate == MATE_GATE_LOG_DECAY) return g;
-  if (p.args.gate == MATE_GATE_BOUNDED) return p.args.lower_bound * sigmoid(rate * (g + bias));
-  return -rate * softplus(g + bias);
+// Relatively accurate far below zero too, where decays are near 1.
+MATE_DEVICE float softplus(float x) {
+  const float u = fast_exp2(-kLog2e * fabsf(x));
+  const float series = u * (1.0f - u * (0.5f - u * (0.33333333f - u * 0.25f)));
+  return fmaxf(x, 0.0f) + (u < 0.04f ? series : fast_log2(1.0f + u) * 0.69314718f);
 }
 
-MATE_DEVICE void load_gates(const Params& p, const Work& work, Factors& f, PrepareShared& shared) {
-  float rate = 0.0f, bias[2] = {}, sum[2] = {};
-  if (p.args.gate != MATE_GATE_LOG_DECAY) {
-    rate = expf(p.args.A_log[work.head]);
-    bias[0] = p.args.dt_bias[work.head * kDim + f.channel];
-    bias[1] = p.args.dt_bias[work.head * kDim + f.channel + 1];
-  }
-  MATE_UNROLL
-  for (int i = 0; i < kRun; ++i) {
-    f.in[i][0] = f.in[i][1] = 1.0f;
-    if (f.first + i >= work.tokens) continue;
-    const char* row = row_at(p.args.g, work.batch, work.token + f.first + i, work.head);
-    const Pair g = load_two(row, f.channel, p.args.g.dtype, p.g_aligned);
-    const float a[2] = {log_decay(p, g.x, rate, bias[0]), log_decay(p, g.y, rate, bias[1])};
+// One lane's channels of a head's gate, with all factors that do not depend on g in one.
+template <int kGate>
+struct Gate {
+  float rate, bias[kLane], bound;
+
+  MATE_DEVICE Gate(const Params& p, int64_t head) {
+    if (kGate == MATE_GATE_LOG_DECAY) return;
+    rate = fast_exp2(kLog2e * p.args.A_log[head]) * -kLog2e;
+    bound = fmaxf(p.args.lower_bound * kLog2e, kErased);
     MATE_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      sum[c] += a[c];
-      f.in[i][c] = fast_exp(a[c]);
+    for (int c = 0; c < kLane; ++c) {
+      bias[c] = p.args.dt_bias[head * kDim + lane_channel() + c];
+      if (kGate == MATE_GATE_BOUNDED) bias[c] *= rate;
     }
   }
-  shared.sum[f.first / kRun][f.channel] = sum[0];
-  shared.sum[f.first / kRun][f.channel + 1] = sum[1];
+
+  // `present` is 0 for absent tokens, else 1.
+  MATE_DEVICE float bits(float g, int c, float present) const {
+    if (kGate == MATE_GATE_BOUNDED) {
+      return present * bound * fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
+    }
+    const float x =
+        present * (kGate == MATE_GATE_SOFTPLUS ? rate * softplus(g + bias[c]) : g * kLog2e);
+    return x < kErased ? kErased : x;  // and NaN stays NaN
+  }
+};
+
+template <int32_t kDtype, int kGate>
+MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, TileShared& tile) {
+  const Gate<kGate> gate(p, t.head);
+  const bool wide = p.args.g.dtype == MATE_FLOAT32;
+  Four sum = {};
+  MATE_NO_UNROLL
+  for (int step = 0; step < kBlock / kStep; ++step) {
+    const int i = step * kStep;
+    Four g[kStep];
+    if (wide) {
+      MATE_UNROLL
+      for (int r = 0; r < kStep; ++r) g[r] = load_four(&tile.sums[i + r][lane_channel()]);
+    } else {
+      const Columns rows{tile.columns[0].far};
+      MATE_UNROLL
+      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(i + r, lane_channel()));
+    }
+    MATE_WARP_BARRIER();  // sums go to where other lanes' g was
+    MATE_UNROLL
+    for (int r = 0; r < kStep; ++r) {
+      const float present = i + r < t.count ? 1.0f : 0.0f;
+      MATE_UNROLL
+      for (int c = 0; c < kLane; ++c) sum.x[c] += gate.bits(g[r].x[c], c, present);
+      store_four(&tile.sums[i + r][lane_channel()], sum);
+    }
+  }
+  return sum;
+}
+
+// The tile's sums from its first token on, to shared memory; those over the whole tile come back.
+template <int32_t kDtype>
+MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, TileShared& tile) {
+  if (p.args.gate == MATE_GATE_BOUNDED) return sum_gates<kDtype, MATE_GATE_BOUNDED>(p, t, tile);
+  if (p.args.gate == MATE_GATE_SOFTPLUS) return sum_gates<kDtype, MATE_GATE_SOFTPLUS>(p, t, tile);
+  return sum_gates<kDtype, MATE_GATE_LOG_DECAY>(p, t, tile);
 }
 
 }  // namespace gpu

@@ -17,11 +17,16 @@ constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // a side of the products' tiles
 constexpr int kTokenTiles = kChunk / kBlock, kKeyTiles = kDim / kBlock;
 
-// Of one chunk and head; see prepare.h for what they hold.
+// A matrix [tokens, tokens] is zero above its diagonal: only its lower tiles are kept.
+constexpr int kTile = kBlock * kBlock;
+constexpr int kLowerTiles = kTokenTiles * (kTokenTiles + 1) / 2;
+
+// Of one chunk and head, laid out as shared memory wants it (tile.h), so that `scan` copies it
+// whole. See prepare.h for what it holds.
 struct Operands {
-  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim];
-  uint16_t k_out_high[kChunk * kDim], k_out_low[kChunk * kDim];
-  uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];  // lower tiles only
+  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];  // Tile<kDim>
+  uint16_t T_high[kLowerTiles * kTile], T_low[kLowerTiles * kTile];         // lower_tile
+  uint16_t P[kLowerTiles * kTile];
   float decay[kDim];
 };
 static_assert(sizeof(Operands) % 16 == 0, "copied 16 bytes at a time");

@@ -1,10 +1,11 @@
-// Everything of a chunk that needs no state: a block a (chunk, value head).
+// Everything of a chunk that needs no state: a block a (chunk, value head), a warp 16 of its
+// tokens.
 //
-// Decays are products of e = exp(a) along a binary tree over the chunk's tokens, so that no factor
-// exceeds 1 (docs/algorithm.md). At level s the tokens form blocks of 2s: a key j in a left half
-// meets the keys and queries i in the same block's right half, with the decay between them in two
-// factors, `in` (from the middle to i) and `out` (from j to the middle). Every level has 32 rows
-// and 32 columns, so that one routine of products serves them all.
+// With G the sums of log-decays over a tile of 16 tokens from its first token on and A those over
+// the whole tile, the decay from token j to token i is e^(G_i - G_j) within a tile and e^G_i e^(A -
+// G_j) times the A between them across tiles. Across tiles no factor exceeds 1. Within one they are
+// e^G_i and e^-G_j, which fp32 and bf16 hold as long as A is above kSafe; a tile that forgets more
+// is multiplied pair by pair from differences. See docs/algorithm.md.
 #pragma once
 
 #include "inverse.h"
@@ -12,154 +13,190 @@
 namespace mate {
 namespace gpu {
 
-// ---- the tree -----------------------------------------------------------------------------------
+constexpr float kSafe =
+    -116.0f;  // bits over 16 tokens: the bounded gate at its usual -5 keeps to it
 
-template <int32_t kDtype>
-MATE_DEVICE Pair raw(const uint16_t* matrix, int token, int channel) {
-  return unpack<kDtype>(*reinterpret_cast<const uint32_t*>(matrix + token * kDim + channel));
+// ---- operands of the products -------------------------------------------------------------------
+
+// What the lane's channels decay by: sums over whole tiles, in bits.
+struct Decays {
+  Four tile, before, after;  // over this tile, those before it, those after it
+  Four far;                  // of the tile between this one and those that far products join it to
+};
+
+MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
+  Decays d = {};
+  MATE_UNROLL
+  for (int i = 0; i < kTokenTiles; ++i) {
+    const Four x = load_four(&shared.total[i][lane_channel()]);
+    if (i < warp) d.before = d.before + x;
+    if (i == warp) d.tile = x;
+    if (i > warp) d.after = d.after + x;
+    if (i == 1 || i == 2) d.far = (i == 1) == (warp == 0) ? x : d.far;  // of 1 for 0, of 2 for 3
+  }
+  return d;
 }
 
-// Rows and columns of level kHalf's products, in the order of their tokens.
-template <int kHalf, int32_t kDtype>
-MATE_DEVICE void form_operands(const Factors& f, PrepareShared& shared) {
-  MATE_UNROLL
-  for (int i = 0; i < kRun; ++i) {
-    const int token = f.first + i;
-    const int index = token / (2 * kHalf) * kHalf + token % kHalf;
-    const Pair k = raw<kDtype>(shared.k, token, f.channel);
-    if (token / kHalf % 2) {
-      const Pair q = raw<kDtype>(shared.q, token, f.channel);
-      store_pair(Tile<kDim>{shared.rows[0]}.at(index, f.channel),
-                 pack_bf16(k.x * f.in[i][0], k.y * f.in[i][1]));
-      store_pair(Tile<kDim>{shared.rows[1]}.at(index, f.channel),
-                 pack_bf16(q.x * f.in[i][0], q.y * f.in[i][1]));
-    } else {
-      store_pair(Tile<kDim>{shared.columns}.at(index, f.channel),
-                 pack_bf16(k.x * f.out[i][0], k.y * f.out[i][1]));
+// Forms what a tile contributes, token by token: rows and columns of products into its shared
+// memory, in place of what they are made of, and what `scan` reads. k_in and q_in read the state,
+// k_out writes it.
+//   near columns   k e^-G, for the tile itself; in `far`: k e^(A-G), for the tiles after it
+//   rows           k e^G, q e^G
+// Tokens 32..63 meet 0..31 in one step, with the decays of tiles 1 and 2 on the outer ones' side:
+// in `extra` and the last tile's `far`.
+template <int32_t kDtype>
+MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareShared& shared,
+                               Operands& out) {
+  const int warp = t.first / kBlock;
+  TileShared& tile = shared.tile[warp];
+  const Four before = fast_exp2(decays.before), after = fast_exp2(decays.after);
+  const Four far = fast_exp2(decays.far);
+  const Tile<kDim> rows_q{tile.q}, rows_k{tile.k}, extra_k{shared.extra[0]},
+      extra_q{shared.extra[1]};
+  const Columns near_columns{tile.columns[0].near}, far_columns{tile.columns[0].far};
+  const int channel = lane_channel();
+  MATE_NO_UNROLL
+  for (int step = 0; step < kBlock / kStep; ++step) {
+    const int first = step * kStep;
+    Four sums[kStep], k_norm[kStep / 4], q_norm[kStep / 4];
+    MATE_UNROLL
+    for (int r = 0; r < kStep; ++r) sums[r] = load_four(&tile.sums[first + r][channel]);
+    MATE_UNROLL
+    for (int r = 0; r < kStep / 4; ++r) {
+      k_norm[r] = load_four(&shared.k_norm[t.first + first + r * 4]);
+      q_norm[r] = load_four(&shared.q_norm[t.first + first + r * 4]);
+    }
+    MATE_WARP_BARRIER();  // columns go to where other lanes' sums were
+    MATE_UNROLL
+    for (int r = 0; r < kStep; ++r) {
+      const int i = first + r;
+      const Four G = sums[r];
+      const Four in = fast_exp2(G);
+      const Four k = unpack_four<kDtype>(rows_k.at(i, channel)) * k_norm[r / 4].x[r % 4];
+      const Four q = unpack_four<kDtype>(rows_q.at(i, channel)) * q_norm[r / 4].x[r % 4];
+      const Four k_in = k * in, q_in = q * in, k_out = k * fast_exp2(decays.tile - G);
+      store_bf16(rows_k.at(i, channel), k_in);
+      store_bf16(rows_q.at(i, channel), q_in);
+      store_bf16(near_columns.at(i, channel), k * fast_exp2(-G));
+      if (warp < 3) {
+        store_bf16(far_columns.at(i, channel), k_out);
+        if (warp == 0) store_bf16(extra_k.at(i, channel), k_out * far);
+      } else {
+        store_bf16(far_columns.at(i, channel), k_in * far);
+        store_bf16(extra_q.at(i, channel), q_in * far);
+      }
+      const auto store = [&](uint16_t* matrix, const Four& x) {
+        store_bf16(Tile<kDim>{matrix}.at(t.first + i, channel), x);
+      };
+      store(out.k_in, k_in * before);
+      store(out.q_in, q_in * before);
+      store(out.k_out, k_out * after);
     }
   }
 }
 
-// L and P between the halves of level kHalf's blocks: a warp a tile.
-template <int kHalf>
-MATE_DEVICE void fill_LP(PrepareShared& shared) {
-  const int warp = thread_index() / 32;
-  const bool queries = warp % 2;
-  const int row = warp / 2 % 2 * kBlock;
-  const int column = kHalf == kHalfChunk ? warp / 4 * kBlock : row;
-  if (warp >= (kHalf == kHalfChunk ? 8 : 4)) return;  // else tiles off the diagonal join no block
-  FragC c = {};
-  MATE_NO_UNROLL  // the factors take most registers
-      for (int k = 0; k < kDim; k += kBlock) {
-    multiply(c, load_a(Tile<kDim>{shared.rows[queries]}, row, k),
-             load_b_columns(Tile<kDim>{shared.columns}, column, k));
+// ---- products -----------------------------------------------------------------------------------
+
+// Between tokens of two tiles: L_ij = <k_i, k_j>, P_ij = <q_i, k_j>, decays included.
+struct Products {
+  FragC L, P;
+};
+
+template <class RowsK, class RowsQ, class ColumnsK>
+MATE_DEVICE Products multiply_tiles(const RowsK& k, const RowsQ& q, const ColumnsK& columns) {
+  Products c = {};
+  MATE_UNROLL
+  for (int i = 0; i < kDim; i += kBlock) {
+    const FragB b = load_b_columns(columns, 0, i);
+    multiply(c.L, load_a(k, 0, i), b);
+    multiply(c.P, load_a(q, 0, i), b);
   }
+  return c;
+}
+
+// Those of a tile with itself, from differences: of any gates, but slowly.
+template <int32_t kDtype>
+MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared) {
+  const TileShared& tile = shared.tile[t.first / kBlock];
+  const int channel = lane_channel();
+  const auto row = [&](const uint16_t* matrix, int i) {
+    return unpack_four<kDtype>(Tile<kDim>{matrix}.at(i, channel));
+  };
+  Products c = {};
+  MATE_NO_UNROLL
+  for (int i = 0; i < kBlock; ++i) {
+    const Four k_i = row(tile.k, i) * shared.k_norm[t.first + i];
+    const Four q_i = row(tile.q, i) * shared.q_norm[t.first + i];
+    const Four G_i = load_four(&tile.sums[i][channel]);
+    MATE_NO_UNROLL
+    for (int j = 0; j <= i; ++j) {
+      const Four k_j = row(tile.k, j) * shared.k_norm[t.first + j] *
+                       fast_exp2(G_i - load_four(&tile.sums[j][channel]));
+      float l = 0.0f, p = 0.0f;
+      MATE_UNROLL
+      for (int c = 0; c < kLane; ++c) {
+        l += k_i.x[c] * k_j.x[c];
+        p += q_i.x[c] * k_j.x[c];
+      }
+      MATE_UNROLL
+      for (int mask = 1; mask < 32; mask *= 2) {
+        l += shuffle_xor(l, mask);
+        p += shuffle_xor(p, mask);
+      }
+      MATE_UNROLL
+      for (int v = 0; v < 8; ++v) {
+        if (row_of(v) != i || column_of(v) != j) continue;
+        c.L.x[v] = l;
+        c.P.x[v] = p;
+      }
+    }
+  }
+  return c;
+}
+
+// A tile off the diagonal.
+MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const Products& c) {
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
-    const int r = row + row_of(v), s = column + column_of(v);
-    if (r / kHalf != s / kHalf) continue;
-    const int i = r / kHalf * 2 * kHalf + kHalf + r % kHalf;
-    const int j = s / kHalf * 2 * kHalf + s % kHalf;
-    if (queries) {
-      *Tile<kChunk>{shared.P}.at(i, j) = to_bf16(c.x[v] * shared.q_norm[i]);
-      continue;
-    }
-    const float x = c.x[v] * shared.k_norm[i];
-    if (kHalf < kBlock) {
-      shared.L[i / kBlock][i % kBlock][j % kBlock] = x;
-    } else {
-      const uint16_t high = to_bf16(x);
-      *Tile<kChunk>{shared.L_high}.at(i, j) = high;
-      *Tile<kChunk>{shared.L_low}.at(i, j) = to_bf16(x - from_bits(uint32_t{high} << 16));
-    }
+    const int row = row_of(v), column = column_of(v);
+    store_split(lower_tile(shared.L_high, i, j).at(row, column),
+                lower_tile(shared.L_low, i, j).at(row, column), c.L.x[v]);
+    *lower_tile(shared.P, i, j).at(row, column) = to_bf16(c.P.x[v]);
   }
 }
 
-// Makes one block of two neighbours: right halves also decay through the left one, and what left
-// halves write also decays through the right one.
-template <int kHalf>
-MATE_DEVICE void join_blocks(Factors& f, const PrepareShared& shared) {
-  if (kHalf < kRun) {
-    MATE_UNROLL
-    for (int left = 0; left < kRun; left += 2 * kHalf) {
-      MATE_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const float e_left = f.in[left + kHalf - 1][c], e_right = f.in[left + 2 * kHalf - 1][c];
-        MATE_UNROLL
-        for (int i = 0; i < kHalf; ++i) {
-          f.in[left + kHalf + i][c] *= e_left;
-          f.out[left + i][c] *= e_right;
-        }
-      }
-    }
-    return;
-  }
-  constexpr int kSpan = kHalf < kRun ? 1 : kHalf / kRun;  // runs
-  const int half = f.first / kHalf;
+MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, const Products& c) {
   MATE_UNROLL
-  for (int c = 0; c < 2; ++c) {
-    float e = 1.0f;
-    MATE_UNROLL
-    for (int i = 0; i < kSpan; ++i) e *= shared.total[(half ^ 1) * kSpan + i][f.channel + c];
-    MATE_UNROLL
-    for (int i = 0; i < kRun; ++i) {
-      if (half % 2) {
-        f.in[i][c] *= e;
-      } else {
-        f.out[i][c] *= e;
-      }
-    }
+  for (int v = 0; v < 8; ++v) {
+    const int row = row_of(v), column = column_of(v);
+    shared.L[i][row][column] = c.L.x[v];
+    *lower_tile(shared.P, i, i).at(row, column) = to_bf16(row < column ? 0.0f : c.P.x[v]);
   }
 }
 
-template <int kHalf, int32_t kDtype>
-MATE_DEVICE void climb(Factors& f, PrepareShared& shared) {
-  form_operands<kHalf, kDtype>(f, shared);
-  MATE_BARRIER();
-  fill_LP<kHalf>(shared);
-  MATE_BARRIER();
-  join_blocks<kHalf>(f, shared);
-  if (2 * kHalf == kRun) {  // read after the next level's barriers
-    shared.total[f.first / kRun][f.channel] = f.in[kRun - 1][0];
-    shared.total[f.first / kRun][f.channel + 1] = f.in[kRun - 1][1];
-  }
-}
-
-// ---- results ------------------------------------------------------------------------------------
-
-// What reads the state (k_in, q_in) may be rounded to bf16; what writes it may not, because the
-// error goes where no later delta corrects it: k_out in two terms.
-template <int32_t kDtype>
-MATE_DEVICE void store_factors(const Factors& f, const PrepareShared& shared, Operands& out) {
+MATE_DEVICE bool any_below(const Four& x, float bound) {
+  float least = x.x[0];
   MATE_UNROLL
-  for (int i = 0; i < kRun; ++i) {
-    const int token = f.first + i, at = token * kDim + f.channel;
-    const Pair k = raw<kDtype>(shared.k, token, f.channel);
-    const Pair q = raw<kDtype>(shared.q, token, f.channel);
-    const float k_norm = shared.k_norm[token], q_norm = shared.q_norm[token];
-    store_pair(out.k_in + at, pack_bf16(k.x * f.in[i][0] * k_norm, k.y * f.in[i][1] * k_norm));
-    store_pair(out.q_in + at, pack_bf16(q.x * f.in[i][0] * q_norm, q.y * f.in[i][1] * q_norm));
-    const float x = k.x * f.out[i][0], y = k.y * f.out[i][1];
-    const uint32_t high = pack_bf16(x, y);
-    store_pair(out.k_out_high + at, high);
-    store_pair(out.k_out_low + at,
-               pack_bf16(x - from_bits(high << 16), y - from_bits(high & 0xffff0000u)));
-  }
+  for (int c = 1; c < kLane; ++c) least = fminf(least, x.x[c]);
+  MATE_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) least = fminf(least, shuffle_xor(least, mask));
+  return least < bound;
 }
+
+// ---- the kernel ---------------------------------------------------------------------------------
 
 MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
-  for (int i = thread_index(); i < kChunk * kChunk / 8; i += kPrepareThreads) {
-    const int row = i / (kChunk / 8), piece = i % (kChunk / 8);
-    if (piece >= lower_pieces(row)) continue;
-    const auto copy = [&](const uint16_t* from, uint16_t* to) {
-      const Tile<kChunk> tile{const_cast<uint16_t*>(from)};
-      *reinterpret_cast<Eight*>(to + row * kChunk + piece * 8) =
-          *reinterpret_cast<const Eight*>(tile.at(row, piece * 8));
-    };
-    copy(shared.T_high, out.T_high);
-    copy(shared.T_low, out.T_low);
-    copy(shared.P, out.P);
-  }
+  const auto copy = [](const uint16_t* from, uint16_t* to) {
+    constexpr int kPieces = kLowerTiles * kTile / 8;
+    MATE_UNROLL
+    for (int first = 0; first < kPieces; first += kPrepareThreads) {
+      const int i = first + thread_index();
+      if (i < kPieces) reinterpret_cast<Eight*>(to)[i] = reinterpret_cast<const Eight*>(from)[i];
+    }
+  };
+  copy(shared.T_high, out.T_high);
+  copy(shared.T_low, out.T_low);
+  copy(shared.P, out.P);
 }
 
 template <int32_t kDtype>
@@ -170,36 +207,64 @@ prepare(const Params p) {
   const int64_t n = sequence_of(p, chunk);
   if (n >= p.args.num_seqs) return;
   const Sequence sequence = sequence_at(p, n);
-  const int64_t token = sequence.begin + (chunk - sequence.first_chunk) * kChunk;
+  const int warp = thread_index() / 32, first = warp * kBlock;
+  const int64_t token = sequence.begin + (chunk - sequence.first_chunk) * kChunk + first;
   const int64_t left = sequence.end - token;
-  const Work work = {sequence.batch, token, block_index() % p.args.heads_v,
-                     static_cast<int>(left < kChunk ? left : kChunk)};
-  Factors f;
-  f.first = thread_index() / (kDim / 2) * kRun;
-  f.channel = thread_index() % (kDim / 2) * 2;
-  clear_P(shared);
-  load_qk<kDtype>(p, work, shared);
-  load_beta(p, work, shared);
-  load_gates(p, work, f, shared);
-  MATE_BARRIER();
-  MATE_UNROLL
-  for (int i = 0; i < kRun; ++i) {
-    f.out[i][0] = f.out[i][1] = shared.k_norm[f.first + i];
-  }
-  climb<1, kDtype>(f, shared);
-  climb<2, kDtype>(f, shared);
-  climb<4, kDtype>(f, shared);
-  climb<8, kDtype>(f, shared);
-  climb<16, kDtype>(f, shared);
-  climb<32, kDtype>(f, shared);
-
+  const Tokens t = {sequence.batch, token, block_index() % p.args.heads_v, first,
+                    static_cast<int>(left < 0        ? 0
+                                     : left < kBlock ? left
+                                                     : kBlock)};
+  TileShared& tile = shared.tile[warp];
   Operands& out = p.operands[block_index()];
-  store_factors<kDtype>(f, shared, out);
-  if (thread_index() < kDim) {
-    float sum = 0.0f;
-    for (int i = 0; i < kRuns; ++i) sum += shared.sum[i][thread_index()];
-    out.decay[thread_index()] = fast_exp(sum);
+
+  if (p.args.g.dtype == MATE_FLOAT32) {
+    fetch_g32(p, t, tile);
+  } else {
+    fetch_rows(p.args.g, p.g_aligned, t, t.head, Columns{tile.columns[0].far});
   }
+  copy_commit();
+  const int64_t head_qk = t.head / (p.args.heads_v / p.args.heads_qk);
+  fetch_rows(p.args.q, p.q_aligned, t, head_qk, Tile<kDim>{tile.q});
+  fetch_rows(p.args.k, p.k_aligned, t, head_qk, Tile<kDim>{tile.k});
+  copy_commit();
+  fetch_beta(p, t, shared);
+  copy_wait<1>();
+  MATE_WARP_BARRIER();
+  const Four total = sum_gates<kDtype>(p, t, tile);
+  store_four(&shared.total[warp][lane_channel()], total);
+  copy_wait<0>();
+  MATE_WARP_BARRIER();
+  find_norms<kDtype>(p, t, shared);
+  MATE_BARRIER();
+
+  const bool by_pairs = any_below(total, kSafe);
+  Products own, near, far[2];
+  if (by_pairs) own = multiply_pairs<kDtype>(t, shared);
+  const Decays decays = find_decays(shared, warp);
+  form_operands<kDtype>(t, decays, shared, out);
+  if (warp == 0) store_four(out.decay + lane_channel(), fast_exp2(decays.tile + decays.after));
+  MATE_BARRIER();
+
+  const Tile<kDim> k{tile.k}, q{tile.q};
+  const auto columns = [&](int i) { return Columns{shared.tile[i].columns[0].far}; };
+  if (!by_pairs) own = multiply_tiles(k, q, Columns{tile.columns[0].near});
+  if (warp % 2) near = multiply_tiles(k, q, columns(warp - 1));
+  if (warp == 2) {
+    far[0] = multiply_tiles(k, q, Tile<kDim>{shared.extra[0]});
+    far[1] = multiply_tiles(k, q, columns(1));
+  } else if (warp == 3) {
+    const Tile<kDim> far_q{shared.extra[1]};
+    far[0] = multiply_tiles(columns(3), far_q, Tile<kDim>{shared.extra[0]});
+    far[1] = multiply_tiles(columns(3), far_q, columns(1));
+  }
+  MATE_BARRIER();  // matrices go to where the operands were
+  store_diagonal(shared, warp, own);
+  if (warp % 2) store_products(shared, warp, warp - 1, near);
+  if (warp >= 2) {
+    store_products(shared, warp, 0, far[0]);
+    store_products(shared, warp, 1, far[1]);
+  }
+  MATE_WARP_BARRIER();
   invert(shared);
   store_matrices(shared, out);
 }

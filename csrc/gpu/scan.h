@@ -16,8 +16,8 @@ template <int kSlice>
 struct ScanShared {
   static constexpr int kThreads = kSlice / kBlock * 32;
   uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim];
-  uint16_t k_out_high[kChunk * kDim], k_out_low[kChunk * kDim];
-  uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
+  uint16_t k_out[kChunk * kDim];
+  uint16_t T_high[kLowerTiles * kTile], T_low[kLowerTiles * kTile], P[kLowerTiles * kTile];
   uint16_t values[kChunk * kSlice];  // v, then the output
   float decay[kDim];
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
@@ -28,15 +28,14 @@ struct ScanShared {
 template <int kThreads>
 MATE_DEVICE void copy_rows(uint16_t* to, const uint16_t* from) {
   for (int i = thread_index(); i < kChunk * kDim / 8; i += kThreads) {
-    copy_async(Tile<kDim>{to}.at(i / (kDim / 8), i % (kDim / 8) * 8), from + i * 8);
+    copy_async(to + i * 8, from + i * 8);
   }
 }
 
 template <int kThreads>
 MATE_DEVICE void copy_lower(uint16_t* to, const uint16_t* from) {
-  for (int i = thread_index(); i < kChunk * kChunk / 8; i += kThreads) {
-    const int row = i / (kChunk / 8), piece = i % (kChunk / 8);
-    if (piece < lower_pieces(row)) copy_async(Tile<kChunk>{to}.at(row, piece * 8), from + i * 8);
+  for (int i = thread_index(); i < kLowerTiles * kTile / 8; i += kThreads) {
+    copy_async(to + i * 8, from + i * 8);
   }
 }
 
@@ -135,9 +134,8 @@ struct Warp {
 // V'^T = (V^T - S^T k_in^T) T^T
 template <int32_t kDtype, int kSlice>
 MATE_DEVICE void correct(const Warp<kSlice>& warp, const FragA (&state)[kKeyTiles],
-                         FragA (&corrected)[kTokenTiles]) {
+                         FragA (&corrected)[kTokenTiles], FragA (&rest)[kTokenTiles]) {
   const Tile<kDim> k_in{warp.shared.k_in};
-  const Tile<kChunk> T_high{warp.shared.T_high}, T_low{warp.shared.T_low};
   const Tile<kSlice> values{warp.shared.values};
   FragA error[kTokenTiles];
   MATE_UNROLL
@@ -159,10 +157,12 @@ MATE_DEVICE void correct(const Warp<kSlice>& warp, const FragA (&state)[kKeyTile
     FragC c = {};
     MATE_UNROLL
     for (int m = 0; m <= t; ++m) {
-      multiply(c, error[m], load_b_columns(T_low, t * kBlock, m * kBlock));
-      multiply(c, error[m], load_b_columns(T_high, t * kBlock, m * kBlock));
+      multiply(c, error[m], load_b_columns(lower_tile(warp.shared.T_low, t, m), 0, 0));
+      multiply(c, error[m], load_b_columns(lower_tile(warp.shared.T_high, t, m), 0, 0));
     }
     corrected[t] = to_operand(c, warp.scratch);
+    for (int v = 0; v < 8; ++v) c.x[v] -= from_bits(uint32_t{to_bf16(c.x[v])} << 16);
+    rest[t] = to_operand(c, warp.scratch);
   }
 }
 
@@ -171,7 +171,6 @@ template <int32_t kDtype, int kSlice>
 MATE_DEVICE void make_output(const Warp<kSlice>& warp, const FragA (&state)[kKeyTiles],
                              const FragA (&corrected)[kTokenTiles]) {
   const Tile<kDim> q_in{warp.shared.q_in};
-  const Tile<kChunk> P{warp.shared.P};
   const Tile<kSlice> values{warp.shared.values};
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
@@ -182,7 +181,7 @@ MATE_DEVICE void make_output(const Warp<kSlice>& warp, const FragA (&state)[kKey
     }
     MATE_UNROLL
     for (int m = 0; m <= t; ++m) {
-      multiply(c, corrected[m], load_b_columns(P, t * kBlock, m * kBlock));
+      multiply(c, corrected[m], load_b_columns(lower_tile(warp.shared.P, t, m), 0, 0));
     }
     MATE_UNROLL
     for (int v = 0; v < 8; ++v) {
@@ -206,16 +205,17 @@ MATE_DEVICE void store_output(const Params& p, const Warp<kSlice>& warp, uint16_
 // S^T <- S^T Diag(decay) + V'^T k_out
 template <int kSlice>
 MATE_DEVICE void update_state(const Warp<kSlice>& warp, const FragA (&corrected)[kTokenTiles],
-                              State& s) {
-  const Tile<kDim> high{warp.shared.k_out_high}, low{warp.shared.k_out_low};
+                              const FragA (&rest)[kTokenTiles], State& s) {
+  const Tile<kDim> k_out{warp.shared.k_out};
   MATE_UNROLL
   for (int k = 0; k < kKeyTiles; ++k) {
     MATE_UNROLL
     for (int v = 0; v < 8; ++v) s.tile[k].x[v] *= warp.shared.decay[k * kBlock + column_of(v)];
     MATE_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
-      multiply(s.tile[k], corrected[t], load_b_rows(low, t * kBlock, k * kBlock));
-      multiply(s.tile[k], corrected[t], load_b_rows(high, t * kBlock, k * kBlock));
+      const FragB b = load_b_rows(k_out, t * kBlock, k * kBlock);
+      multiply(s.tile[k], rest[t], b);
+      multiply(s.tile[k], corrected[t], b);
     }
   }
 }
@@ -275,8 +275,7 @@ scan(const Params p) {
     copy_commit();
   };
   const auto copy_k_out = [&](const Operands& from) {
-    copy_rows<kThreads>(shared.k_out_high, from.k_out_high);
-    copy_rows<kThreads>(shared.k_out_low, from.k_out_low);
+    copy_rows<kThreads>(shared.k_out, from.k_out);
     for (int i = thread_index(); i < kDim / 4; i += kThreads) {
       copy_async(shared.decay + i * 4, from.decay + i * 4);
     }
@@ -291,14 +290,14 @@ scan(const Params p) {
   for (; chunks > 0; --chunks) {
     const Operands& next = operands[p.args.heads_v];
     const bool more = chunks > 1;
-    FragA state[kKeyTiles], corrected[kTokenTiles];
+    FragA state[kKeyTiles], corrected[kTokenTiles], rest[kTokenTiles];
     MATE_UNROLL
     for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], warp.scratch);
 
     copy_wait<1>();  // all but q_in's
     MATE_BARRIER();
     copy_k_out(*operands);
-    correct<kDtype>(warp, state, corrected);
+    correct<kDtype>(warp, state, corrected, rest);
 
     copy_wait<1>();  // all but k_out's
     MATE_BARRIER();
@@ -315,7 +314,7 @@ scan(const Params p) {
     operands = &next;
     copy_v(v, more ? tokens : 0);
     copy_q_in(next, more);
-    update_state(warp, corrected, s);
+    update_state(warp, corrected, rest, s);
   }
   store_state(p, sequence_at(p, n), head, column + warp.channel, s);
 }

@@ -6,21 +6,25 @@
 namespace mate {
 namespace gpu {
 
-// Rows of kColumns numbers. Pieces of 8 are permuted within a row, so that the same piece of 8
-// neighbouring rows, which is what a product's operand is loaded from, lies in different banks.
-template <int kColumns>
+// Rows of kColumns numbers, kStride apart. Pieces of 8 are permuted within a row, so that the same
+// piece of 8 neighbouring rows, which is what a product's operand is loaded from, lies in different
+// banks.
+template <int kColumns, int kStride = kColumns>
 struct Tile {
   static constexpr int kPieces = kColumns / 8;
   uint16_t* data;
 
-  MATE_DEVICE uint16_t* at(int row, int column) const {
-    const int turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
-    return data + row * kColumns + (column / 8 ^ turn) * 8 + column % 8;
+  MATE_DEVICE explicit Tile(const uint16_t* data) : data(const_cast<uint16_t*>(data)) {}
+
+  MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
+    const unsigned turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
+    return data + row * kStride + (column / 8 ^ turn) * 8 + column % 8;
   }
 };
 
-MATE_DEVICE void store_pair(uint16_t* to, uint32_t both) {
-  *reinterpret_cast<uint32_t*>(to) = both;
+// Tile {i, j} of a lower matrix.
+MATE_DEVICE Tile<kBlock> lower_tile(const uint16_t* tiles, int i, int j) {
+  return Tile<kBlock>{tiles + (i * (i + 1) / 2 + j) * kTile};
 }
 
 struct alignas(16) Eight {
@@ -57,21 +61,42 @@ MATE_DEVICE void store_element(void* p, int64_t index, int32_t dtype, float x) {
   }
 }
 
-// Two neighbouring channels of a row; `column` is even.
-MATE_DEVICE Pair load_two(const void* row, int column, int32_t dtype, bool aligned) {
-  if (!aligned) {
-    return {load_element(row, column, dtype), load_element(row, column + 1, dtype)};
-  }
-  if (dtype == MATE_FLOAT32) {
-    struct alignas(8) Floats {
-      float x, y;
-    };
-    const Floats both = *reinterpret_cast<const Floats*>(static_cast<const float*>(row) + column);
-    return {both.x, both.y};
-  }
-  const uint32_t both =
-      *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(row) + column);
-  return dtype == MATE_FLOAT16 ? unpack<MATE_FLOAT16>(both) : unpack<MATE_BFLOAT16>(both);
+// Four neighbouring channels.
+struct alignas(16) Four {
+  float x[4];
+};
+struct alignas(8) PackedFour {
+  uint32_t x[2];
+};
+
+MATE_DEVICE Four load_four(const float* p) { return *reinterpret_cast<const Four*>(p); }
+MATE_DEVICE void store_four(float* p, const Four& x) { *reinterpret_cast<Four*>(p) = x; }
+
+template <int32_t kDtype>
+MATE_DEVICE Four unpack_four(const uint16_t* p) {
+  const PackedFour packed = *reinterpret_cast<const PackedFour*>(p);
+  const Pair a = unpack<kDtype>(packed.x[0]), b = unpack<kDtype>(packed.x[1]);
+  return {{a.x, a.y, b.x, b.y}};
+}
+MATE_DEVICE void store_bf16(uint16_t* p, const Four& x) {
+  *reinterpret_cast<PackedFour*>(p) = {{pack_bf16(x.x[0], x.x[1]), pack_bf16(x.x[2], x.x[3])}};
+}
+
+MATE_DEVICE Four operator*(const Four& a, const Four& b) {
+  return {{a.x[0] * b.x[0], a.x[1] * b.x[1], a.x[2] * b.x[2], a.x[3] * b.x[3]}};
+}
+MATE_DEVICE Four operator*(const Four& a, float b) {
+  return {{a.x[0] * b, a.x[1] * b, a.x[2] * b, a.x[3] * b}};
+}
+MATE_DEVICE Four operator+(const Four& a, const Four& b) {
+  return {{a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3]}};
+}
+MATE_DEVICE Four operator-(const Four& a, const Four& b) {
+  return {{a.x[0] - b.x[0], a.x[1] - b.x[1], a.x[2] - b.x[2], a.x[3] - b.x[3]}};
+}
+MATE_DEVICE Four operator-(const Four& a) { return {{-a.x[0], -a.x[1], -a.x[2], -a.x[3]}}; }
+MATE_DEVICE Four fast_exp2(const Four& a) {
+  return {{fast_exp2(a.x[0]), fast_exp2(a.x[1]), fast_exp2(a.x[2]), fast_exp2(a.x[3])}};
 }
 
 MATE_DEVICE Eight load_eight(const void* row, int column, bool aligned) {
@@ -94,9 +119,6 @@ MATE_DEVICE void store_eight(void* row, int column, bool aligned, const Eight& x
     p[2 * i + 1] = static_cast<uint16_t>(x.x[i] >> 16);
   }
 }
-
-// The number of pieces of 8 in the tiles of `row` that are on or below the diagonal.
-MATE_DEVICE int lower_pieces(int row) { return (row / kBlock + 1) * (kBlock / 8); }
 
 }  // namespace gpu
 }  // namespace mate

@@ -12,7 +12,8 @@
 //   row_of(v), column_of(v)                         where element v of this lane's FragC lies
 //   to_operand(c, scratch)                          a FragC rounded to a FragA
 //   copy_async, copy_commit, copy_wait<N>           16 bytes to shared memory, in groups
-//   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits, fast_exp
+//   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits
+//   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
 //   launch, multiprocessors, shared_limit, last_error   on the host
 // clang-format on
 // An accumulator need not have an operand's layout: to_operand may go through `scratch`,

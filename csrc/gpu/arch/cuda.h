@@ -18,7 +18,7 @@ namespace gpu {
 
 MATE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MATE_DEVICE int64_t block_index() { return blockIdx.x; }
-MATE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+MATE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31); }
 MATE_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char mate_shared[];
   return mate_shared;
@@ -26,13 +26,30 @@ MATE_DEVICE char* shared_memory() {
 
 // ---- numbers ------------------------------------------------------------------------------------
 
-MATE_DEVICE float fast_exp(float x) { return __expf(x); }
+MATE_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MATE_DEVICE float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MATE_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MATE_DEVICE float fast_rsqrt(float x) { return rsqrtf(x); }
 MATE_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
-MATE_DEVICE uint16_t to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 MATE_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
+}
+MATE_DEVICE uint16_t to_bf16(float x) {  // the packed conversion is the faster one
+  return static_cast<uint16_t>(pack_bf16(x, 0.0f));
 }
 MATE_DEVICE float from_fp16(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 MATE_DEVICE uint16_t to_fp16(float x) { return __half_as_ushort(__float2half_rn(x)); }

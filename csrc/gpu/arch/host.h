@@ -51,7 +51,10 @@ inline char* shared_memory() { return host::shared; }
 
 // ---- numbers ------------------------------------------------------------------------------------
 
-inline float fast_exp(float x) { return expf(x); }
+inline float fast_exp2(float x) { return exp2f(x); }
+inline float fast_log2(float x) { return log2f(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
 
 inline uint32_t float_bits(float x) {
   uint32_t bits;
