@@ -17,15 +17,14 @@ from typing import Any
 
 import layers
 import torch
+from cases import D, draw
 from paths import (
     FUSED,
     ISAS,
     STRICT,
     THEIRS,
     TOKENWISE,
-    D,
     decode_paths,
-    draw,
     on,
     on_threads,
     prefill_path,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-import transformers
 from timing import Timing
 
 import mate
@@ -71,6 +70,8 @@ def machine() -> str:
     name = facts.get("model name") or platform.processor() or platform.machine()
     present = facts.get("flags", facts.get("Features", "")).split()
     flags = [flag for flag in present if flag in FLAGS]
+    import transformers  # only what a CPU is compared with needs it
+
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used; "
         f"flags that matter: {' '.join(flags) or 'unknown'}.\n"
@@ -79,3 +80,23 @@ def machine() -> str:
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}, {platform.system()}."
     )
+
+
+def bars(series: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """Milliseconds of each name's rows side by side, on a logarithmic scale."""
+    rows = list(next(iter(series.values())))
+    width = 0.8 / len(series)
+    figure, axes = plt.subplots(figsize=(7.2, 0.36 * len(rows) + 1.2), layout="constrained")
+    for i, ((name, values), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
+        places = [j + (i - (len(series) - 1) / 2) * width for j in range(len(rows))]
+        axes.barh(places, [values[row] for row in rows], width, color=colour, label=name)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
