@@ -127,34 +127,32 @@ MATE_DEVICE void climb(Factors& f, PrepareShared& shared) {
 
 // ---- results ------------------------------------------------------------------------------------
 
-// What reads the state (k_in, q_in) may be rounded to bf16; what writes it may not, because the
-// error goes where no later delta corrects it: k_out in two terms.
+// In bf16; what would suffer, `scan` makes good by taking V' in two terms where it writes the
+// state.
 template <int32_t kDtype>
 MATE_DEVICE void store_factors(const Factors& f, const PrepareShared& shared, Operands& out) {
   MATE_UNROLL
   for (int i = 0; i < kRun; ++i) {
-    const int token = f.first + i, at = token * kDim + f.channel;
+    const int token = f.first + i, at = Tile<kDim>::place(token, f.channel);
     const Pair k = raw<kDtype>(shared.k, token, f.channel);
     const Pair q = raw<kDtype>(shared.q, token, f.channel);
     const float k_norm = shared.k_norm[token], q_norm = shared.q_norm[token];
     store_pair(out.k_in + at, pack_bf16(k.x * f.in[i][0] * k_norm, k.y * f.in[i][1] * k_norm));
     store_pair(out.q_in + at, pack_bf16(q.x * f.in[i][0] * q_norm, q.y * f.in[i][1] * q_norm));
     const float x = k.x * f.out[i][0], y = k.y * f.out[i][1];
-    const uint32_t high = pack_bf16(x, y);
-    store_pair(out.k_out_high + at, high);
-    store_pair(out.k_out_low + at,
-               pack_bf16(x - from_bits(high << 16), y - from_bits(high & 0xffff0000u)));
+    store_pair(out.k_out + at, pack_bf16(x, y));
   }
 }
 
 MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
   for (int i = thread_index(); i < kChunk * kChunk / 8; i += kPrepareThreads) {
     const int row = i / (kChunk / 8), piece = i % (kChunk / 8);
-    if (piece >= lower_pieces(row)) continue;
+    if (piece / 2 > row / kBlock) continue;
+    const int number = lower_tile(row / kBlock, piece / 2);
     const auto copy = [&](const uint16_t* from, uint16_t* to) {
       const Tile<kChunk> tile{const_cast<uint16_t*>(from)};
-      *reinterpret_cast<Eight*>(to + row * kChunk + piece * 8) =
-          *reinterpret_cast<const Eight*>(tile.at(row, piece * 8));
+      *reinterpret_cast<Eight*>(Tile<kBlock>{to + number * kTileSize}.at(
+          row % kBlock, piece % 2 * 8)) = *reinterpret_cast<const Eight*>(tile.at(row, piece * 8));
     };
     copy(shared.T_high, out.T_high);
     copy(shared.T_low, out.T_low);

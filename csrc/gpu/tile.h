@@ -13,9 +13,17 @@ struct Tile {
   static constexpr int kPieces = kColumns / 8;
   uint16_t* data;
 
-  MATE_DEVICE uint16_t* at(int row, int column) const {
+  MATE_DEVICE static int place(int row, int column) {
     const int turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
-    return data + row * kColumns + (column / 8 ^ turn) * 8 + column % 8;
+    return row * kColumns + (column / 8 ^ turn) * 8 + column % 8;
+  }
+  MATE_DEVICE uint16_t* at(int row, int column) const { return data + place(row, column); }
+
+  // The same as at(row + r, column + c) for r, c < 16 and multiples of 16 in row and column: what
+  // depends on the lane stands apart from what depends on the block, which is mostly known to the
+  // compiler.
+  MATE_DEVICE uint16_t* in_block(int row, int column, int r, int c) const {
+    return data + ((place(r, c) ^ column) + row * kColumns);
   }
 };
 
@@ -38,6 +46,11 @@ MATE_DEVICE float from_16_bits(uint32_t bits) {
 template <int32_t kDtype>
 MATE_DEVICE uint16_t to_16_bits(float x) {
   return kDtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
+}
+template <int32_t kDtype>
+MATE_DEVICE uint32_t pack(float low, float high) {
+  if (kDtype == MATE_BFLOAT16) return pack_bf16(low, high);
+  return to_fp16(low) | static_cast<uint32_t>(to_fp16(high)) << 16;
 }
 template <int32_t kDtype>
 MATE_DEVICE Pair unpack(uint32_t both) {
@@ -94,9 +107,6 @@ MATE_DEVICE void store_eight(void* row, int column, bool aligned, const Eight& x
     p[2 * i + 1] = static_cast<uint16_t>(x.x[i] >> 16);
   }
 }
-
-// The number of pieces of 8 in the tiles of `row` that are on or below the diagonal.
-MATE_DEVICE int lower_pieces(int row) { return (row / kBlock + 1) * (kBlock / 8); }
 
 }  // namespace gpu
 }  // namespace mate
