@@ -68,11 +68,17 @@ inline bool is_aligned(const mate_kda_args& args, const mate_tensor& x, int64_t 
   return aligned;
 }
 
-template <int32_t kDtype, int kSlice>
+template <int32_t kDtype, int kSlice, int kStages>
 bool launch_scan(const Params& p, void* stream) {
   const int64_t blocks = p.args.num_seqs * p.args.heads_v * (kDim / kSlice);
-  return launch(scan<kDtype, kSlice>, blocks, ScanShared<kSlice>::kThreads,
-                static_cast<int>(sizeof(ScanShared<kSlice>)), stream, p);
+  return launch(scan<kDtype, kSlice, kStages>, blocks, Crew<kSlice>::kThreads,
+                static_cast<int>(sizeof(ScanShared<kSlice, kStages>)), stream, p);
+}
+template <int32_t kDtype, int kSlice>
+bool launch_scan(const Params& p, void* stream) {
+  const bool two = shared_limit() >= static_cast<int>(sizeof(ScanShared<kSlice, 2>));
+  return two ? launch_scan<kDtype, kSlice, 2>(p, stream)
+             : launch_scan<kDtype, kSlice, 1>(p, stream);
 }
 
 // Wide slices read the operands less often; narrow ones spread few heads over more of the GPU.
@@ -85,8 +91,7 @@ bool launch_scan(const Params& p, int slice, void* stream) {
 
 inline int choose_slice(const mate_kda_args& args) {
   const int64_t heads = args.num_seqs * args.heads_v, room = multiprocessors();
-  if (heads * 2 > room && shared_limit() >= static_cast<int>(sizeof(ScanShared<128>))) return 128;
-  return heads * 4 > room ? 64 : 32;  // these fit every GPU from sm_80 on
+  return heads * 2 > room ? 128 : heads * 4 > room ? 64 : 32;
 }
 
 template <int32_t kDtype>

@@ -35,8 +35,9 @@ struct PrepareShared {
       uint16_t extra[2][kBlock * kDim];
     };
     struct {  // matrices of lower tiles, once all products are done
-      uint16_t T_high[kLowerTiles * kTile], T_low[kLowerTiles * kTile], P[kLowerTiles * kTile];
-      uint16_t L_high[kLowerTiles * kTile], L_low[kLowerTiles * kTile];
+      uint16_t T_high[kLowerTiles * kTileSize], T_low[kLowerTiles * kTileSize],
+          P[kLowerTiles * kTileSize];
+      uint16_t L_high[kLowerTiles * kTileSize], L_low[kLowerTiles * kTileSize];
       float L[kTokenTiles][kBlock][kBlock];  // those on the diagonal
     };
   };

@@ -17,19 +17,20 @@ constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // a side of the products' tiles
 constexpr int kTokenTiles = kChunk / kBlock, kKeyTiles = kDim / kBlock;
 
-// A matrix [tokens, tokens] is zero above its diagonal: only its lower tiles are kept.
-constexpr int kTile = kBlock * kBlock;
+// The tiles on and below the diagonal of a chunk's [token][token] matrix.
+constexpr int kTileSize = kBlock * kBlock;
 constexpr int kLowerTiles = kTokenTiles * (kTokenTiles + 1) / 2;
+MATE_DEVICE constexpr int lower_tile(int row, int column) { return row * (row + 1) / 2 + column; }
 
-// Of one chunk and head, laid out as shared memory wants it (tile.h), so that `scan` copies it
-// whole. See prepare.h for what it holds.
-struct Operands {
-  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];  // Tile<kDim>
-  uint16_t T_high[kLowerTiles * kTile], T_low[kLowerTiles * kTile];         // lower_tile
-  uint16_t P[kLowerTiles * kTile];
+// Of one chunk and head; see prepare.h for what they hold. The image that `scan` wants in shared
+// memory, to be copied as it is: rows as Tile<kDim>, tile (i, j) as the Tile<kBlock> number
+// lower_tile(i, j).
+struct alignas(16) Operands {
+  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];
+  uint16_t T_high[kLowerTiles * kTileSize], T_low[kLowerTiles * kTileSize];
+  uint16_t P[kLowerTiles * kTileSize];
   float decay[kDim];
 };
-static_assert(sizeof(Operands) % 16 == 0, "copied 16 bytes at a time");
 
 struct Params {
   mate_kda_args args;
@@ -42,6 +43,7 @@ struct Params {
 };
 
 MATE_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MATE_DEVICE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 MATE_DEVICE int element_size(int32_t dtype) { return dtype == MATE_FLOAT32 ? 4 : 2; }
 
 // The row of 128 channels (or the one element of beta) at {batch, token, head}; for a state,

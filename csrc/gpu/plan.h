@@ -9,8 +9,6 @@ namespace gpu {
 constexpr int kPlanThreads = 256;
 constexpr int kPlanShared = kPlanThreads * sizeof(int64_t);
 
-MATE_DEVICE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 MATE_DEVICE int64_t clamped_bound(const Params& p, int64_t i) {
   const int64_t x = p.args.cu_seqlens_is_64bit ? static_cast<const int64_t*>(p.args.cu_seqlens)[i]
                                                : static_cast<const int32_t*>(p.args.cu_seqlens)[i];

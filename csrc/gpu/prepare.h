@@ -187,7 +187,7 @@ MATE_DEVICE bool any_below(const Four& x, float bound) {
 
 MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
   const auto copy = [](const uint16_t* from, uint16_t* to) {
-    constexpr int kPieces = kLowerTiles * kTile / 8;
+    constexpr int kPieces = kLowerTiles * kTileSize / 8;
     MATE_UNROLL
     for (int first = 0; first < kPieces; first += kPrepareThreads) {
       const int i = first + thread_index();

@@ -2,9 +2,9 @@
 //
 // Everything is transposed: a warp owns 16 value channels, and the rows of its accumulators are
 // these. Its slice of the state stays in registers in fp32 for the whole sequence, and each
-// product's result is the next one's left operand: warps never wait for one another's numbers, only
-// for the chunk's operands. These lie in shared memory once; each part is refilled for the next
-// chunk as soon as it has been read.
+// product's result is the next one's operand: warps never wait for one another's numbers, only for
+// the chunk's operands. Where shared memory holds two stages of these, one barrier a chunk is
+// enough: the next chunk's arrive in one stage while the other is being read.
 #pragma once
 
 #include "tile.h"
@@ -12,49 +12,66 @@
 namespace mate {
 namespace gpu {
 
+// What a block holds of one chunk.
 template <int kSlice>
+struct Stage {
+  Operands operands;
+  uint16_t values[kChunk * kSlice];
+};
+
+template <int kSlice, int kStages>
 struct ScanShared {
-  static constexpr int kThreads = kSlice / kBlock * 32;
-  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim];
-  uint16_t k_out[kChunk * kDim];
-  uint16_t T_high[kLowerTiles * kTile], T_low[kLowerTiles * kTile], P[kLowerTiles * kTile];
-  uint16_t values[kChunk * kSlice];  // v, then the output
-  float decay[kDim];
+  Stage<kSlice> stage[kStages];
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
+};
+
+// The warps of a block. Narrow slices have few, whose time decides; others copy for them.
+template <int kSlice>
+struct Crew {
+  static constexpr int kOwners = kSlice / kBlock;  // warps that own 16 value channels each
+  static constexpr int kCopiers = kSlice == 128 ? 256 : 128;  // threads
+  static constexpr int kFirstCopier = kSlice == 128 ? 0 : kOwners * 32;
+  static constexpr int kThreads = kFirstCopier + kCopiers;
 };
 
 // ---- copies -------------------------------------------------------------------------------------
 
-template <int kThreads>
-MATE_DEVICE void copy_rows(uint16_t* to, const uint16_t* from) {
-  for (int i = thread_index(); i < kChunk * kDim / 8; i += kThreads) {
-    copy_async(to + i * 8, from + i * 8);
+template <int kStep, int kCount, int kIndex = 0>
+MATE_DEVICE void copy_every(void* to, const void* from) {
+  if constexpr (kIndex < kCount) {
+    copy_async_at<kIndex * kStep>(to, from);
+    copy_every<kStep, kCount, kIndex + 1>(to, from);
   }
 }
 
 template <int kThreads>
-MATE_DEVICE void copy_lower(uint16_t* to, const uint16_t* from) {
-  for (int i = thread_index(); i < kLowerTiles * kTile / 8; i += kThreads) {
-    copy_async(to + i * 8, from + i * 8);
-  }
+MATE_DEVICE void copy_operands(Operands& to, const Operands& from, int copier) {
+  constexpr int kPieces = sizeof(Operands) / 16, kRounds = kPieces / kThreads;
+  char* target = reinterpret_cast<char*>(&to) + copier * 16;
+  const char* source = reinterpret_cast<const char*>(&from) + copier * 16;
+  copy_every<kThreads * 16, kRounds>(target, source);
+  if (copier < kPieces % kThreads) copy_async_at<kRounds * kThreads * 16>(target, source);
 }
 
 // The slice's columns of v from the first token on; absent ones are zeros.
-template <int kSlice>
-MATE_DEVICE void copy_values(const Params& p, const uint16_t* first, int tokens, uint16_t* values) {
-  constexpr int kPieces = kSlice / 8;
-  for (int i = thread_index(); i < kChunk * kPieces; i += ScanShared<kSlice>::kThreads) {
-    const int row = i / kPieces, at = i % kPieces * 8;
-    const bool present = row < tokens;
-    const uint16_t* v = first + (present ? row * p.args.v.stride[1] + at : 0);
-    uint16_t* to = Tile<kSlice>{values}.at(row, at);
-    if (p.v_aligned) {
-      copy_async(to, v, present);
-    } else {
-      Eight x = {};
-      if (present) x = load_eight(v, 0, false);
-      *reinterpret_cast<Eight*>(to) = x;
+template <int kSlice, int kThreads>
+MATE_DEVICE void copy_values(const Params& p, const uint16_t* first, int tokens, uint16_t* values,
+                             int copier) {
+  constexpr int kPieces = kSlice / 8, kRows = kThreads / kPieces;
+  const int token = copier / kPieces, column = copier % kPieces * 8;
+  const uint16_t* v = first + token * p.args.v.stride[1] + column;
+  const auto each_row = [&](const auto& copy) {
+    MATE_UNROLL
+    for (int i = 0; i < kChunk; i += kRows, v += kRows * p.args.v.stride[1]) {
+      copy(Tile<kSlice>{values}.at(i + token, column), i + token < tokens);
     }
+  };
+  if (p.v_aligned) {
+    each_row([&](uint16_t* to, bool present) { copy_async(to, v, present); });
+  } else {
+    each_row([&](uint16_t* to, bool present) {
+      *reinterpret_cast<Eight*>(to) = present ? load_eight(v, 0, false) : Eight{};
+    });
   }
 }
 
@@ -123,200 +140,246 @@ MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t 
 
 // ---- one chunk ----------------------------------------------------------------------------------
 
-// What a warp needs of its block.
-template <int kSlice>
-struct Warp {
-  ScanShared<kSlice>& shared;
-  int channel;  // its first in the slice
-  uint16_t* scratch;
+// A left operand in two bf16 terms.
+struct TwoTerms {
+  FragA high, low;
 };
-
-// V'^T = (V^T - S^T k_in^T) T^T
-template <int32_t kDtype, int kSlice>
-MATE_DEVICE void correct(const Warp<kSlice>& warp, const FragA (&state)[kKeyTiles],
-                         FragA (&corrected)[kTokenTiles], FragA (&rest)[kTokenTiles]) {
-  const Tile<kDim> k_in{warp.shared.k_in};
-  const Tile<kSlice> values{warp.shared.values};
-  FragA error[kTokenTiles];
+MATE_DEVICE TwoTerms in_two_terms(const FragC& c, uint16_t* scratch) {
+  FragC rest;
   MATE_UNROLL
-  for (int t = 0; t < kTokenTiles; ++t) {
-    FragC c = {};
-    MATE_UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) {
-      multiply(c, state[k], load_b_columns(k_in, t * kBlock, k * kBlock));
-    }
-    MATE_UNROLL
-    for (int v = 0; v < 8; ++v) {
-      const uint16_t x = *values.at(t * kBlock + column_of(v), warp.channel + row_of(v));
-      c.x[v] = from_16_bits<kDtype>(x) - c.x[v];
-    }
-    error[t] = to_operand(c, warp.scratch);
+  for (int v = 0; v < 8; v += 2) {
+    const uint32_t high = pack_bf16(c.x[v], c.x[v + 1]);
+    rest.x[v] = c.x[v] - from_bits(high << 16);
+    rest.x[v + 1] = c.x[v + 1] - from_bits(high & 0xffff0000u);
   }
-  MATE_UNROLL
-  for (int t = 0; t < kTokenTiles; ++t) {
-    FragC c = {};
-    MATE_UNROLL
-    for (int m = 0; m <= t; ++m) {
-      multiply(c, error[m], load_b_columns(lower_tile(warp.shared.T_low, t, m), 0, 0));
-      multiply(c, error[m], load_b_columns(lower_tile(warp.shared.T_high, t, m), 0, 0));
-    }
-    corrected[t] = to_operand(c, warp.scratch);
-    for (int v = 0; v < 8; ++v) c.x[v] -= from_bits(uint32_t{to_bf16(c.x[v])} << 16);
-    rest[t] = to_operand(c, warp.scratch);
-  }
+  return {to_operand(c, scratch), to_operand(rest, scratch)};
 }
 
-// O^T = S^T q_in^T + V'^T P^T, to where v was.
-template <int32_t kDtype, int kSlice>
-MATE_DEVICE void make_output(const Warp<kSlice>& warp, const FragA (&state)[kKeyTiles],
-                             const FragA (&corrected)[kTokenTiles]) {
-  const Tile<kDim> q_in{warp.shared.q_in};
-  const Tile<kSlice> values{warp.shared.values};
-  MATE_UNROLL
-  for (int t = 0; t < kTokenTiles; ++t) {
-    FragC c = {};
-    MATE_UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) {
-      multiply(c, state[k], load_b_columns(q_in, t * kBlock, k * kBlock));
-    }
-    MATE_UNROLL
-    for (int m = 0; m <= t; ++m) {
-      multiply(c, corrected[m], load_b_columns(lower_tile(warp.shared.P, t, m), 0, 0));
-    }
-    MATE_UNROLL
-    for (int v = 0; v < 8; ++v) {
-      *values.at(t * kBlock + column_of(v), warp.channel + row_of(v)) = to_16_bits<kDtype>(c.x[v]);
-    }
-  }
+// decay at the columns of elements v and v + 1
+MATE_DEVICE Pair decay_at(const float* decay, int v) {
+  if (kNeighbours) return *reinterpret_cast<const Pair*>(decay + column_of(v));
+  return {decay[column_of(v)], decay[column_of(v + 1)]};
 }
 
-// A warp's 16 channels of the output, from the slice's first token on: two lanes a token.
-template <int kSlice>
-MATE_DEVICE void store_output(const Params& p, const Warp<kSlice>& warp, uint16_t* first,
-                              int tokens) {
-  const int channel = warp.channel + lane_index() % 2 * 8;
-  for (int i = lane_index() / 2; i < tokens; i += 16) {
-    const Eight x =
-        *reinterpret_cast<const Eight*>(Tile<kSlice>{warp.shared.values}.at(i, channel));
-    store_eight(first + i * p.args.output.stride[1], channel, p.output_aligned, x);
-  }
-}
-
-// S^T <- S^T Diag(decay) + V'^T k_out
-template <int kSlice>
-MATE_DEVICE void update_state(const Warp<kSlice>& warp, const FragA (&corrected)[kTokenTiles],
-                              const FragA (&rest)[kTokenTiles], State& s) {
-  const Tile<kDim> k_out{warp.shared.k_out};
+// What the state holds for the chunk's keys, S^T k_in^T, and queries, S^T q_in^T. Each part of it
+// decays once it has been read.
+MATE_DEVICE void read_state(Operands& in, State& s, FragC (&held)[kTokenTiles],
+                            FragC (&output)[kTokenTiles], uint16_t* scratch) {
+  const Tile<kDim> k_in{in.k_in}, q_in{in.q_in};
   MATE_UNROLL
   for (int k = 0; k < kKeyTiles; ++k) {
-    MATE_UNROLL
-    for (int v = 0; v < 8; ++v) s.tile[k].x[v] *= warp.shared.decay[k * kBlock + column_of(v)];
+    const FragA state = to_operand(s.tile[k], scratch);
     MATE_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
-      const FragB b = load_b_rows(k_out, t * kBlock, k * kBlock);
-      multiply(s.tile[k], rest[t], b);
-      multiply(s.tile[k], corrected[t], b);
+      multiply(held[t], state, load_b_columns(k_in, t * kBlock, k * kBlock));
     }
+    MATE_UNROLL
+    for (int t = 0; t < kTokenTiles; ++t) {
+      multiply(output[t], state, load_b_columns(q_in, t * kBlock, k * kBlock));
+    }
+    MATE_UNROLL
+    for (int v = 0; v < 8; v += 2) {
+      const Pair decay = decay_at(in.decay + k * kBlock, v);
+      s.tile[k].x[v] *= decay.x;
+      s.tile[k].x[v + 1] *= decay.y;
+    }
+  }
+}
+
+// V'^T = (V^T - held) T^T
+template <int32_t kDtype, int kSlice>
+MATE_DEVICE void correct(Stage<kSlice>& stage, int channel, FragC (&held)[kTokenTiles],
+                         TwoTerms (&corrected)[kTokenTiles], uint16_t* scratch) {
+  FragC sum[kTokenTiles] = {};
+  MATE_UNROLL
+  for (int m = 0; m < kTokenTiles; ++m) {
+    uint32_t both[4];
+    load_c_columns(both, Tile<kSlice>{stage.values}, m * kBlock, channel);
+    MATE_UNROLL
+    for (int v = 0; v < 8; v += 2) {
+      const Pair x = unpack<kDtype>(both[v / 2]);
+      held[m].x[v] = x.x - held[m].x[v];
+      held[m].x[v + 1] = x.y - held[m].x[v + 1];
+    }
+    const FragA error = to_operand(held[m], scratch);
+    MATE_UNROLL
+    for (int t = m; t < kTokenTiles; ++t) {
+      multiply(sum[t], error, load_b_columns(lower_tile(stage.operands.T_low, t, m), 0, 0));
+    }
+    MATE_UNROLL
+    for (int t = m; t < kTokenTiles; ++t) {
+      multiply(sum[t], error, load_b_columns(lower_tile(stage.operands.T_high, t, m), 0, 0));
+    }
+  }
+  MATE_UNROLL
+  for (int t = 0; t < kTokenTiles; ++t) corrected[t] = in_two_terms(sum[t], scratch);
+}
+
+// O^T += V'^T P^T
+MATE_DEVICE void add_own(Operands& in, const TwoTerms (&corrected)[kTokenTiles],
+                         FragC (&output)[kTokenTiles]) {
+  MATE_UNROLL
+  for (int m = 0; m < kTokenTiles; ++m) {
+    MATE_UNROLL
+    for (int t = m; t < kTokenTiles; ++t) {
+      multiply(output[t], corrected[m].high, load_b_columns(lower_tile(in.P, t, m), 0, 0));
+    }
+  }
+}
+
+// S^T += V'^T k_out. What writes the state may not be rounded to bf16, because the error goes where
+// no later delta corrects it: V' in two terms.
+MATE_DEVICE void write_state(Operands& in, const TwoTerms (&corrected)[kTokenTiles], State& s) {
+  constexpr int kTogether = 4;  // independent products, between those that are not
+  const Tile<kDim> k_out{in.k_out};
+  MATE_UNROLL
+  for (int t = 0; t < kTokenTiles; ++t) {
+    MATE_UNROLL
+    for (int first = 0; first < kKeyTiles; first += kTogether) {
+      FragB keys[kTogether];
+      MATE_UNROLL
+      for (int k = 0; k < kTogether; ++k) {
+        keys[k] = load_b_rows(k_out, t * kBlock, (first + k) * kBlock);
+        multiply(s.tile[first + k], corrected[t].low, keys[k]);
+      }
+      MATE_UNROLL
+      for (int k = 0; k < kTogether; ++k) multiply(s.tile[first + k], corrected[t].high, keys[k]);
+    }
+  }
+}
+
+// O, to where v was.
+template <int32_t kDtype, int kSlice>
+MATE_DEVICE void keep_output(const FragC (&output)[kTokenTiles], Stage<kSlice>& stage,
+                             int channel) {
+  MATE_UNROLL
+  for (int t = 0; t < kTokenTiles; ++t) {
+    uint32_t both[4];
+    MATE_UNROLL
+    for (int v = 0; v < 8; v += 2) {
+      both[v / 2] = pack<kDtype>(output[t].x[v], output[t].x[v + 1]);
+    }
+    store_c_columns(both, Tile<kSlice>{stage.values}, t * kBlock, channel);
+  }
+}
+
+// And from there, to the slice's channels from `first` on. Two lanes a token.
+template <int kSlice>
+MATE_DEVICE void store_output(const Stage<kSlice>& stage, int channel, uint16_t* first,
+                              int64_t stride, int tokens, bool aligned) {
+  const Tile<kSlice> values{const_cast<uint16_t*>(stage.values)};
+  const int token = lane_index() / 2, column = lane_index() % 2 * 8;
+  uint16_t* row = first + token * stride + channel + column;
+  const auto each_row = [&](bool in_one) {
+    MATE_UNROLL
+    for (int t = 0; t < kChunk; t += kBlock, row += kBlock * stride) {
+      const auto* from = reinterpret_cast<const Eight*>(values.in_block(t, channel, token, column));
+      if (t + token < tokens) store_eight(row, 0, in_one, *from);
+    }
+  };
+  if (aligned) {
+    each_row(true);
+  } else {
+    each_row(false);
   }
 }
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-template <int32_t kDtype, int kSlice>
-MATE_KERNEL(kSlice / kBlock * 32, 1)
-scan(const Params p) {
-  constexpr int kThreads = ScanShared<kSlice>::kThreads, kSlices = kDim / kSlice;
-  ScanShared<kSlice>& shared = *reinterpret_cast<ScanShared<kSlice>*>(shared_memory());
-  const int64_t head = block_index() / kSlices % p.args.heads_v;
-  const int64_t n = block_index() / kSlices / p.args.heads_v;
-  const int column = static_cast<int>(block_index() % kSlices) * kSlice;
-  const int index = thread_index() / 32;
-  const Warp<kSlice> warp = {shared, index * kBlock, shared.scratch + index * kScratch};
-
-  // What is left of the sequence in this slab, from the current chunk on.
+// What is left of a sequence in this slab, from some chunk on.
+struct Rest {
   const Operands* operands;
-  const uint16_t* v;
+  const uint16_t* v;  // the slice's first channel
   uint16_t* output;
-  int64_t tokens, chunks;
-  {
-    const Sequence sequence = sequence_at(p, n);
+  int tokens, chunks;
+
+  // False if there is nothing to do.
+  MATE_DEVICE bool find(const Params& p, const Sequence& sequence, int64_t head, int channel) {
     const bool empty = sequence.first_chunk == sequence.end_chunk;
-    const int64_t begin = sequence.first_chunk > p.slab_begin ? sequence.first_chunk : p.slab_begin;
-    chunks = (sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end) - begin;
+    const int64_t begin = larger(sequence.first_chunk, p.slab_begin);
+    const int64_t end = sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end;
+    chunks = end > begin ? static_cast<int>(end - begin) : 0;
     // An empty sequence keeps its state; the first slab's launch sees to it.
-    if (chunks <= 0 && !(empty && p.slab_begin == 0)) return;
+    if (chunks == 0 && !(empty && p.slab_begin == 0)) return false;
     const int64_t token = sequence.begin + (begin - sequence.first_chunk) * kChunk;
-    tokens = sequence.end - token;
+    const int64_t most = static_cast<int64_t>(chunks) * kChunk;
+    tokens = static_cast<int>(sequence.end - token < most ? sequence.end - token : most);
     operands = p.operands + (begin - p.slab_begin) * p.args.heads_v + head;
-    v = reinterpret_cast<uint16_t*>(row_at(p.args.v, sequence.batch, token, head)) + column;
+    v = reinterpret_cast<uint16_t*>(row_at(p.args.v, sequence.batch, token, head)) + channel;
     output =
-        reinterpret_cast<uint16_t*>(row_at(p.args.output, sequence.batch, token, head)) + column;
+        reinterpret_cast<uint16_t*>(row_at(p.args.output, sequence.batch, token, head)) + channel;
+    return true;
   }
 
-  // Each is one group of copies, empty beyond the last chunk, so that waits can count groups.
-  const auto copy_k_in = [&](const Operands& from, bool present) {
-    if (present) {
-      copy_rows<kThreads>(shared.k_in, from.k_in);
-      copy_lower<kThreads>(shared.T_high, from.T_high);
-      copy_lower<kThreads>(shared.T_low, from.T_low);
-    }
-    copy_commit();
-  };
-  const auto copy_v = [&](const uint16_t* from, int64_t left) {
-    const int count = static_cast<int>(left < kChunk ? left : kChunk);
-    if (left > 0) copy_values<kSlice>(p, from, count, shared.values);
-    copy_commit();
-  };
-  const auto copy_q_in = [&](const Operands& from, bool present) {
-    if (present) {
-      copy_rows<kThreads>(shared.q_in, from.q_in);
-      copy_lower<kThreads>(shared.P, from.P);
-    }
-    copy_commit();
-  };
-  const auto copy_k_out = [&](const Operands& from) {
-    copy_rows<kThreads>(shared.k_out, from.k_out);
-    for (int i = thread_index(); i < kDim / 4; i += kThreads) {
-      copy_async(shared.decay + i * 4, from.decay + i * 4);
-    }
-    copy_commit();
-  };
-
-  copy_k_in(*operands, chunks > 0);
-  copy_v(v, chunks > 0 ? tokens : 0);
-  copy_q_in(*operands, chunks > 0);
-  State s;
-  load_state(p, sequence_at(p, n), head, column + warp.channel, s);
-  for (; chunks > 0; --chunks) {
-    const Operands& next = operands[p.args.heads_v];
-    const bool more = chunks > 1;
-    FragA state[kKeyTiles], corrected[kTokenTiles], rest[kTokenTiles];
-    MATE_UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], warp.scratch);
-
-    copy_wait<1>();  // all but q_in's
-    MATE_BARRIER();
-    copy_k_out(*operands);
-    correct<kDtype>(warp, state, corrected, rest);
-
-    copy_wait<1>();  // all but k_out's
-    MATE_BARRIER();
-    copy_k_in(next, more);
-    make_output<kDtype>(warp, state, corrected);
-    MATE_WARP_BARRIER();
-    store_output(p, warp, output, static_cast<int>(tokens < kChunk ? tokens : kChunk));
-
-    copy_wait<1>();  // all but the next k_in's
-    MATE_BARRIER();
-    tokens -= kChunk;
+  MATE_DEVICE void advance(const Params& p) {
+    operands += p.args.heads_v;
     v += kChunk * p.args.v.stride[1];
     output += kChunk * p.args.output.stride[1];
-    operands = &next;
-    copy_v(v, more ? tokens : 0);
-    copy_q_in(next, more);
-    update_state(warp, corrected, rest, s);
+    tokens -= kChunk;
+    --chunks;
   }
-  store_state(p, sequence_at(p, n), head, column + warp.channel, s);
+};
+
+// The first chunk of `rest`, if there is one, as one group of copies.
+template <int kSlice>
+MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage) {
+  using Crew = Crew<kSlice>;
+  const int copier = thread_index() - Crew::kFirstCopier;
+  if (rest.chunks > 0 && copier >= 0) {
+    copy_operands<Crew::kCopiers>(stage.operands, *rest.operands, copier);
+    copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
+  }
+  copy_commit();
+}
+
+// The 16 value channels from `channel` of the slice on.
+template <int32_t kDtype, int kSlice>
+MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage, int channel,
+                            State& s, uint16_t* scratch) {
+  FragC held[kTokenTiles] = {}, output[kTokenTiles] = {};
+  TwoTerms corrected[kTokenTiles];
+  read_state(stage.operands, s, held, output, scratch);
+  correct<kDtype>(stage, channel, held, corrected, scratch);
+  add_own(stage.operands, corrected, output);
+  write_state(stage.operands, corrected, s);
+  keep_output<kDtype>(output, stage, channel);
+  MATE_WARP_BARRIER();
+  store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens, p.output_aligned);
+}
+
+template <int32_t kDtype, int kSlice, int kStages>
+MATE_KERNEL(Crew<kSlice>::kThreads, 1)
+scan(const Params p) {
+  constexpr int kSlices = kDim / kSlice;
+  using Shared = ScanShared<kSlice, kStages>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const int64_t head = block_index() / kSlices % p.args.heads_v;
+  const Sequence sequence = sequence_at(p, block_index() / kSlices / p.args.heads_v);
+  const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
+  const int warp = thread_index() / 32, channel = warp * kBlock;
+  const bool owner = warp < Crew<kSlice>::kOwners;
+  uint16_t* const scratch = shared.scratch + warp * kScratch;
+
+  Rest rest;
+  if (!rest.find(p, sequence, head, slice)) return;
+  copy_chunk(p, rest, shared.stage[0]);
+  State s;
+  if (owner) load_state(p, sequence, head, slice + channel, s);
+  for (int n = 0; rest.chunks > 0; ++n) {
+    Stage<kSlice>& stage = shared.stage[n % kStages];
+    Rest next = rest;
+    next.advance(p);
+    copy_wait<0>();
+    MATE_BARRIER();  // all copies are here, and the other stage has been read
+    if (kStages > 1) copy_chunk(p, next, shared.stage[(n + 1) % kStages]);
+    if (owner) walk_chunk<kDtype>(p, rest, stage, channel, s, scratch);
+    if (kStages == 1) {
+      MATE_BARRIER();
+      copy_chunk(p, next, stage);
+    }
+    rest = next;
+  }
+  if (owner) store_state(p, sequence, head, slice + channel, s);
 }
 
 }  // namespace gpu

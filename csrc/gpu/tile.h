@@ -16,15 +16,25 @@ struct Tile {
 
   MATE_DEVICE explicit Tile(const uint16_t* data) : data(const_cast<uint16_t*>(data)) {}
 
-  MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
+  MATE_DEVICE static unsigned place(unsigned row, unsigned column) {
     const unsigned turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
-    return data + row * kStride + (column / 8 ^ turn) * 8 + column % 8;
+    return row * kStride + (column / 8 ^ turn) * 8 + column % 8;
+  }
+  MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
+    return data + place(row, column);
+  }
+
+  // The same as at(row + r, column + c) for r, c < 16 and multiples of 16 in row and column: what
+  // depends on the lane stands apart from what depends on the block, which is mostly known to the
+  // compiler.
+  MATE_DEVICE uint16_t* in_block(unsigned row, unsigned column, unsigned r, unsigned c) const {
+    return data + ((place(r, c) ^ column) + row * kStride);
   }
 };
 
-// Tile {i, j} of a lower matrix.
-MATE_DEVICE Tile<kBlock> lower_tile(const uint16_t* tiles, int i, int j) {
-  return Tile<kBlock>{tiles + (i * (i + 1) / 2 + j) * kTile};
+// Tile {i, j} of a matrix of lower tiles.
+MATE_DEVICE Tile<kBlock> lower_tile(const uint16_t* matrix, int i, int j) {
+  return Tile<kBlock>{matrix + lower_tile(i, j) * kTileSize};
 }
 
 struct alignas(16) Eight {
@@ -42,6 +52,11 @@ MATE_DEVICE float from_16_bits(uint32_t bits) {
 template <int32_t kDtype>
 MATE_DEVICE uint16_t to_16_bits(float x) {
   return kDtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
+}
+template <int32_t kDtype>
+MATE_DEVICE uint32_t pack(float low, float high) {
+  if (kDtype == MATE_BFLOAT16) return pack_bf16(low, high);
+  return to_fp16(low) | static_cast<uint32_t>(to_fp16(high)) << 16;
 }
 template <int32_t kDtype>
 MATE_DEVICE Pair unpack(uint32_t both) {

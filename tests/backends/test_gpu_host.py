@@ -8,7 +8,7 @@ import functools
 import math
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gpu_host
@@ -41,7 +41,15 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def few_chunks_a_slab(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Room for 5 chunks of one head: slabs cut sequences everywhere."""
     folder = tmp_path_factory.mktemp("gpu_host_slabs")
-    return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(460<<10)")
+    return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(330<<10)")
+
+
+@pytest.fixture
+def little_shared_memory(lib: ctypes.CDLL) -> Iterator[None]:
+    """Blocks may use as much as on sm_86, too little for two stages of any slice."""
+    lib.mate_gpu_host_shared_limit(99 << 10)
+    yield
+    lib.mate_gpu_host_shared_limit(227 << 10)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,13 @@ def test_every_tail(n: int, lib: ctypes.CDLL) -> None:
 def test_slices_of_value_channels(heads: int, lib: ctypes.CDLL) -> None:
     """The emulated GPU's size makes these take slices of 32, 64 and 128 channels."""
     case = draw(T=70, Hqk=1, Hv=heads, dtype=bf16)
+    check(run(lib, case), case.reference())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.usefixtures("little_shared_memory")
+def test_one_stage(heads: int, lib: ctypes.CDLL) -> None:
+    case = draw(T=150, Hqk=1, Hv=heads, dtype=bf16)
     check(run(lib, case), case.reference())
 
 
@@ -260,9 +275,13 @@ def sensitive_cases() -> list[tuple[Case, tuple]]:
 def right(lib: ctypes.CDLL, case: Case, expected: tuple) -> bool:
     """Also false if the launch fails, or hands back what it should not have written."""
     try:
-        check(run(lib, case), expected)
+        for limit in (99 << 10, 227 << 10):  # one stage, two stages
+            lib.mate_gpu_host_shared_limit(limit)
+            check(run(lib, case), expected)
     except AssertionError:
         return False
+    finally:
+        lib.mate_gpu_host_shared_limit(227 << 10)
     return True
 
 

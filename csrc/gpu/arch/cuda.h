@@ -67,25 +67,48 @@ MATE_DEVICE void copy_async(void* to, const void* from, bool valid = true) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
+template <int kOffset>
+MATE_DEVICE void copy_async_at(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(shared_address(to)),
+               "l"(from), "n"(kOffset)
+               : "memory");
+}
 MATE_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kInFlight>
 MATE_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
 }
 
-// ---- products ---------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
+// `volatile` keeps these in order with barriers, which stand between a write of any other lane and
+// its reading; a memory clobber on top would only keep other values out of registers.
 MATE_DEVICE void load_matrices(uint32_t (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 MATE_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(row)));
+}
+MATE_DEVICE void store_matrices_transposed(const uint32_t (&x)[4], void* row) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row)),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
+#else
+  const uint32_t address = shared_address(row);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t two;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(two) : "r"(x[i]));
+    const uint32_t to = __shfl_sync(0xffffffffu, address, i * 8 + lane_index() / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + lane_index() % 4 * 4), "r"(two) : "memory");
+  }
+#endif
 }
 
 MATE_DEVICE void mma_sync(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -16,6 +16,7 @@ namespace host {
 
 const Position* here;
 char* shared;
+int shared_limit = 227 << 10;
 
 namespace {
 
@@ -219,7 +220,7 @@ bool run(void (*body)(const void*), const void* with, int64_t blocks, int block_
          int shared_bytes) {
   const std::lock_guard<std::mutex> lock(one_launch);
   message[0] = 0;
-  if (block_threads > kMaxThreads || block_threads % 32 || shared_bytes > kMaxShared ||
+  if (block_threads > kMaxThreads || block_threads % 32 || shared_bytes > shared_limit ||
       blocks > INT32_MAX) {
     snprintf(message, sizeof(message), "a launch of %lld x %d threads with %d bytes is too large",
              static_cast<long long>(blocks), block_threads, shared_bytes);
@@ -264,6 +265,9 @@ const char* error() { return message; }
 
 // The order in which fibres run.
 MATE_EXPORT void mate_gpu_host_seed(uint64_t seed) { mate::gpu::host::seed = seed; }
+
+// Another GPU's size: blocks may use as many bytes of shared memory.
+MATE_EXPORT void mate_gpu_host_shared_limit(int bytes) { mate::gpu::host::shared_limit = bytes; }
 
 // Leaves out every barrier of one site of the source; negative: none.
 MATE_EXPORT void mate_gpu_host_drop_barrier(int site) {

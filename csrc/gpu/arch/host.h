@@ -31,6 +31,7 @@ extern char* shared;
 
 // `site` tells one barrier of the source from another; kNoSite cannot be dropped.
 constexpr int kNoSite = -1;
+extern int shared_limit;  // bytes a block
 void block_barrier(int site);
 void warp_barrier(int site);
 // The last lane to arrive runs body(all 32 lanes' data).
@@ -115,6 +116,10 @@ inline float shuffle_xor(float x, int mask) {
 inline void copy_async(void* to, const void* from, bool valid = true) {
   host::copy_async(to, from, valid);
 }
+template <int kOffset>
+inline void copy_async_at(void* to, const void* from) {
+  copy_async(static_cast<char*>(to) + kOffset, static_cast<const char*>(from) + kOffset);
+}
 inline void copy_commit() { host::copy_commit(); }
 template <int kInFlight>
 inline void copy_wait() {
@@ -154,6 +159,25 @@ inline void load_matrices_as(uint32_t (&x)[4], const void* row, bool transposed)
 inline void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices_as(x, row, false); }
 inline void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
   load_matrices_as(x, row, true);
+}
+inline void store_matrices_transposed(const uint32_t (&x)[4], void* row) {
+  struct Lane {
+    void* row;
+    const uint32_t* x;
+  } mine = {row, x};
+  host::collective(
+      [](void* const* lanes) {
+        for (int i = 0; i < 32; ++i) {
+          const Lane* lane = static_cast<const Lane*>(lanes[i]);
+          for (int m = 0; m < 4; ++m) {
+            for (int e = 0; e < 2; ++e) {
+              void* to = static_cast<const Lane*>(lanes[m * 8 + i % 4 * 2 + e])->row;
+              static_cast<uint16_t*>(to)[i / 4] = static_cast<uint16_t>(lane->x[m] >> e * 16);
+            }
+          }
+        }
+      },
+      &mine);
 }
 
 // C[16][8] += A[16][16] B[16][8]
@@ -211,6 +235,7 @@ struct FragC {
   float x[8];
 };
 constexpr int kScratch = 256;
+constexpr bool kNeighbours = false;
 
 inline int row_of(int v) { return lane_index() / 8 + v / 2 * 4; }
 inline int column_of(int v) { return lane_index() % 8 + v % 2 * 8; }
@@ -237,6 +262,23 @@ inline FragB load_b_rows(const Tile& tile, int row, int column) {
     b.x[i] = *tile.at(row + lane_index() % 2 * 8 + i, column + lane_index() / 2);
   }
   return b;
+}
+
+// C[m][n] = tile[row + n][column + m]; elements 2 i and 2 i + 1 in both[i]
+template <class Tile>
+inline void load_c_columns(uint32_t (&both)[4], const Tile& tile, int row, int column) {
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int v) { return *tile.at(row + column_of(v), column + row_of(v)); };
+    both[i] = element(2 * i) | static_cast<uint32_t>(element(2 * i + 1)) << 16;
+  }
+}
+// The reverse.
+template <class Tile>
+inline void store_c_columns(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
+  for (int v = 0; v < 8; ++v) {
+    *tile.at(row + column_of(v), column + row_of(v)) =
+        static_cast<uint16_t>(both[v / 2] >> v % 2 * 16);
+  }
 }
 
 inline void multiply(FragC& c, const FragA& a, const FragB& b) {
@@ -297,7 +339,7 @@ inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
 }
 
 inline int multiprocessors() { return 4; }
-inline int shared_limit() { return 227 << 10; }
+inline int shared_limit() { return host::shared_limit; }
 inline const char* last_error() { return host::error(); }
 
 }  // namespace gpu

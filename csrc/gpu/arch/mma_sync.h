@@ -1,5 +1,6 @@
 // Fragments in the layout of mma.sync.m16n8k16, over its instructions: load_matrices (ldmatrix.x4),
-// load_matrices_transposed (the same with .trans) and mma_sync. Included by cuda.h, and by host.h
+// load_matrices_transposed (the same with .trans), store_matrices_transposed (stmatrix.x4.trans)
+// and mma_sync. Included by cuda.h, and by host.h
 // to check the layout where there is no GPU.
 #pragma once
 
@@ -16,33 +17,52 @@ struct FragC {
   float x[8];
 };
 constexpr int kScratch = 0;
+constexpr bool kNeighbours = true;
 
 MATE_DEVICE int row_of(int v) { return lane_index() / 4 + v / 2 % 2 * 8; }
 MATE_DEVICE int column_of(int v) { return lane_index() % 4 * 2 + v % 2 + v / 4 * 8; }
 
+// The rows that a lane names of a 16 x 16 block: its four 8 x 8 matrices go down first, or across.
+template <class Tile>
+MATE_DEVICE uint16_t* down_first(const Tile& tile, int row, int column) {
+  return tile.in_block(row, column, lane_index() % 16, lane_index() / 16 * 8);
+}
+template <class Tile>
+MATE_DEVICE uint16_t* across_first(const Tile& tile, int row, int column) {
+  const int lane = lane_index();
+  return tile.in_block(row, column, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+}
+
 // A[m][k] = tile[row + m][column + k]
 template <class Tile>
 MATE_DEVICE FragA load_a(const Tile& tile, int row, int column) {
-  const int lane = lane_index();
   FragA a;
-  load_matrices(a.x, tile.at(row + lane % 16, column + lane / 16 * 8));
+  load_matrices(a.x, down_first(tile, row, column));
   return a;
 }
 // B[k][n] = tile[row + n][column + k]
 template <class Tile>
 MATE_DEVICE FragB load_b_columns(const Tile& tile, int row, int column) {
-  const int lane = lane_index();
   FragB b;
-  load_matrices(b.x, tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+  load_matrices(b.x, across_first(tile, row, column));
   return b;
 }
 // B[k][n] = tile[row + k][column + n]
 template <class Tile>
 MATE_DEVICE FragB load_b_rows(const Tile& tile, int row, int column) {
-  const int lane = lane_index();
   FragB b;
-  load_matrices_transposed(b.x, tile.at(row + lane % 16, column + lane / 16 * 8));
+  load_matrices_transposed(b.x, down_first(tile, row, column));
   return b;
+}
+// C[m][n] = tile[row + n][column + m]; elements 2 i and 2 i + 1 in both[i]
+template <class Tile>
+MATE_DEVICE void load_c_columns(uint32_t (&both)[4], const Tile& tile, int row, int column) {
+  load_matrices_transposed(both, across_first(tile, row, column));
+}
+// The reverse.
+template <class Tile>
+MATE_DEVICE void store_c_columns(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
+  store_matrices_transposed(both, across_first(tile, row, column));
 }
 
 MATE_DEVICE void multiply(FragC& c, const FragA& a, const FragB& b) {
