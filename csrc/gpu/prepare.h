@@ -134,9 +134,9 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
                        fast_exp2(G_i - load_four(&tile.sums[j][channel]));
       float l = 0.0f, p = 0.0f;
       MATE_UNROLL
-      for (int c = 0; c < kLane; ++c) {
-        l += k_i.x[c] * k_j.x[c];
-        p += q_i.x[c] * k_j.x[c];
+      for (int n = 0; n < kLane; ++n) {
+        l += k_i.x[n] * k_j.x[n];
+        p += q_i.x[n] * k_j.x[n];
       }
       MATE_UNROLL
       for (int mask = 1; mask < 32; mask *= 2) {
