@@ -91,6 +91,7 @@ bool launch_scan(const Params& p, int slice, void* stream) {
 
 inline int choose_slice(const mate_kda_args& args) {
   const int64_t heads = args.num_seqs * args.heads_v, room = multiprocessors();
+  if (group_products()) return heads * 2 > room ? 128 : 64;
   return heads * 2 > room ? 128 : heads * 4 > room ? 64 : 32;
 }
 

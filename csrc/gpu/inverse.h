@@ -11,9 +11,8 @@ MATE_DEVICE void store_split(uint16_t* high, uint16_t* low, float x) {
   *high = to_bf16(x);
   *low = to_bf16(x - from_bits(uint32_t{*high} << 16));
 }
-MATE_DEVICE void store_T(PrepareShared& shared, int i, int j, int row, int column, float x) {
-  store_split(lower_tile(shared.T_high, i, j).at(row, column),
-              lower_tile(shared.T_low, i, j).at(row, column), x);
+MATE_DEVICE void store_T(PrepareShared& shared, int i, int j, float x) {
+  store_split(Tile<kChunk>{shared.T_high}.at(i, j), Tile<kChunk>{shared.T_low}.at(i, j), x);
 }
 
 // A warp's tile on the diagonal, by forward substitution: a lane a column.
@@ -27,7 +26,7 @@ MATE_DEVICE void solve_diagonal(PrepareShared& shared) {
     MATE_UNROLL
     for (int m = 0; m < i; ++m) sum -= shared.L[block][i][m] * x[m];
     x[i] = sum * shared.beta[block * kBlock + i];
-    store_T(shared, block, block, i, column, x[i]);
+    store_T(shared, block * kBlock + i, block * kBlock + column, x[i]);
   }
 }
 
@@ -51,11 +50,14 @@ MATE_DEVICE SplitA to_split_operand(const FragC& c, uint16_t* scratch) {
   return {to_operand(c, scratch), to_operand(rest, scratch)};
 }
 
+// The tile {i, j} of a matrix.
 MATE_DEVICE SplitA load_split_a(const uint16_t* high, const uint16_t* low, int i, int j) {
-  return {load_a(lower_tile(high, i, j), 0, 0), load_a(lower_tile(low, i, j), 0, 0)};
+  return {load_a(Tile<kChunk>{high}, i * kBlock, j * kBlock),
+          load_a(Tile<kChunk>{low}, i * kBlock, j * kBlock)};
 }
 MATE_DEVICE SplitB load_split_b(const uint16_t* high, const uint16_t* low, int i, int j) {
-  return {load_b_rows(lower_tile(high, i, j), 0, 0), load_b_rows(lower_tile(low, i, j), 0, 0)};
+  return {load_b_rows(Tile<kChunk>{high}, i * kBlock, j * kBlock),
+          load_b_rows(Tile<kChunk>{low}, i * kBlock, j * kBlock)};
 }
 
 // The corner of T between the kTiles tiles of tokens from `left` on and as many after them, by
@@ -76,7 +78,8 @@ MATE_DEVICE void fill_corner(PrepareShared& shared, int left, int i, int j) {
   }
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
-    store_T(shared, right + i, left + j, row_of(v), column_of(v), -corner.x[v]);
+    store_T(shared, (right + i) * kBlock + row_of(v), (left + j) * kBlock + column_of(v),
+            -corner.x[v]);
   }
 }
 

@@ -34,11 +34,10 @@ struct PrepareShared {
       TileShared tile[kTokenTiles];
       uint16_t extra[2][kBlock * kDim];
     };
-    struct {  // matrices of lower tiles, once all products are done
-      uint16_t T_high[kLowerTiles * kTileSize], T_low[kLowerTiles * kTileSize],
-          P[kLowerTiles * kTileSize];
-      uint16_t L_high[kLowerTiles * kTileSize], L_low[kLowerTiles * kTileSize];
-      float L[kTokenTiles][kBlock][kBlock];  // those on the diagonal
+    struct {  // once all products are done; Tile<kChunk>
+      uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
+      uint16_t L_high[kChunk * kChunk], L_low[kChunk * kChunk];  // below the diagonal tiles
+      float L[kTokenTiles][kBlock][kBlock];                      // those
     };
   };
   float total[kTokenTiles][kDim];  // sums over whole tiles

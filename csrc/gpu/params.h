@@ -17,18 +17,12 @@ constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // a side of the products' tiles
 constexpr int kTokenTiles = kChunk / kBlock, kKeyTiles = kDim / kBlock;
 
-// The tiles on and below the diagonal of a chunk's [token][token] matrix.
-constexpr int kTileSize = kBlock * kBlock;
-constexpr int kLowerTiles = kTokenTiles * (kTokenTiles + 1) / 2;
-MATE_DEVICE constexpr int lower_tile(int row, int column) { return row * (row + 1) / 2 + column; }
-
 // Of one chunk and head; see prepare.h for what they hold. The image that `scan` wants in shared
-// memory, to be copied as it is: rows as Tile<kDim>, tile (i, j) as the Tile<kBlock> number
-// lower_tile(i, j).
+// memory, to be copied as it is: Panels<kChunk>. Of T and P only the tiles on and below the
+// diagonal, the lower ones, are ever written or read.
 struct alignas(16) Operands {
   uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];
-  uint16_t T_high[kLowerTiles * kTileSize], T_low[kLowerTiles * kTileSize];
-  uint16_t P[kLowerTiles * kTileSize];
+  uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
   float decay[kDim];
 };
 

@@ -86,7 +86,7 @@ MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareSha
         store_bf16(extra_q.at(i, channel), q_in * far);
       }
       const auto store = [&](uint16_t* matrix, const Four& x) {
-        store_bf16(Tile<kDim>{matrix}.at(t.first + i, channel), x);
+        store_bf16(Panels<kChunk>{matrix}.at(t.first + i, channel), x);
       };
       store(out.k_in, k_in * before);
       store(out.q_in, q_in * before);
@@ -158,10 +158,10 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
 MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const Products& c) {
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
-    const int row = row_of(v), column = column_of(v);
-    store_split(lower_tile(shared.L_high, i, j).at(row, column),
-                lower_tile(shared.L_low, i, j).at(row, column), c.L.x[v]);
-    *lower_tile(shared.P, i, j).at(row, column) = to_bf16(c.P.x[v]);
+    const int row = i * kBlock + row_of(v), column = j * kBlock + column_of(v);
+    store_split(Tile<kChunk>{shared.L_high}.at(row, column),
+                Tile<kChunk>{shared.L_low}.at(row, column), c.L.x[v]);
+    *Tile<kChunk>{shared.P}.at(row, column) = to_bf16(c.P.x[v]);
   }
 }
 
@@ -170,7 +170,8 @@ MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, const Products& c)
   for (int v = 0; v < 8; ++v) {
     const int row = row_of(v), column = column_of(v);
     shared.L[i][row][column] = c.L.x[v];
-    *lower_tile(shared.P, i, i).at(row, column) = to_bf16(row < column ? 0.0f : c.P.x[v]);
+    *Tile<kChunk>{shared.P}.at(i * kBlock + row, i * kBlock + column) =
+        to_bf16(row < column ? 0.0f : c.P.x[v]);
   }
 }
 
@@ -187,11 +188,10 @@ MATE_DEVICE bool any_below(const Four& x, float bound) {
 
 MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
   const auto copy = [](const uint16_t* from, uint16_t* to) {
-    constexpr int kPieces = kLowerTiles * kTileSize / 8;
     MATE_UNROLL
-    for (int first = 0; first < kPieces; first += kPrepareThreads) {
+    for (int first = 0; first < kChunk * kChunk / 8; first += kPrepareThreads) {
       const int i = first + thread_index();
-      if (i < kPieces) reinterpret_cast<Eight*>(to)[i] = reinterpret_cast<const Eight*>(from)[i];
+      if (is_lower(i)) reinterpret_cast<Eight*>(to)[i] = reinterpret_cast<const Eight*>(from)[i];
     }
   };
   copy(shared.T_high, out.T_high);

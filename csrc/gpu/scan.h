@@ -7,14 +7,16 @@
 // enough: the next chunk's arrive in one stage while the other is being read.
 #pragma once
 
-#include "tile.h"
+#include <type_traits>
+
+#include "products.h"
 
 namespace mate {
 namespace gpu {
 
 // What a block holds of one chunk.
 template <int kSlice>
-struct Stage {
+struct alignas(1024) Stage {
   Operands operands;
   uint16_t values[kChunk * kSlice];
 };
@@ -32,6 +34,7 @@ struct Crew {
   static constexpr int kCopiers = kSlice == 128 ? 256 : 128;  // threads
   static constexpr int kFirstCopier = kSlice == 128 ? 0 : kOwners * 32;
   static constexpr int kThreads = kFirstCopier + kCopiers;
+  using Products = std::conditional_t<kOwners % 4 == 0, GroupProducts, WarpProducts>;
 };
 
 // ---- copies -------------------------------------------------------------------------------------
@@ -44,13 +47,40 @@ MATE_DEVICE void copy_every(void* to, const void* from) {
   }
 }
 
+// A matrix [kChunk, kChunk]: lower tiles only.
+template <int kThreads>
+MATE_DEVICE void copy_lower(uint16_t* to, const uint16_t* from, int copier) {
+  MATE_UNROLL
+  for (int first = 0; first < kChunk * kChunk / 8; first += kThreads) {
+    const int i = first + copier;
+    if (is_lower(i)) copy_async(to + i * 8, from + i * 8);
+  }
+}
+
 template <int kThreads>
 MATE_DEVICE void copy_operands(Operands& to, const Operands& from, int copier) {
-  constexpr int kPieces = sizeof(Operands) / 16, kRounds = kPieces / kThreads;
+  constexpr int kPieces = 3 * kChunk * kDim / 8;  // k_in, q_in, k_out
+  static_assert(kPieces % kThreads == 0, "all copy as many");
   char* target = reinterpret_cast<char*>(&to) + copier * 16;
   const char* source = reinterpret_cast<const char*>(&from) + copier * 16;
-  copy_every<kThreads * 16, kRounds>(target, source);
-  if (copier < kPieces % kThreads) copy_async_at<kRounds * kThreads * 16>(target, source);
+  copy_every<kThreads * 16, kPieces / kThreads>(target, source);
+  copy_lower<kThreads>(to.T_high, from.T_high, copier);
+  copy_lower<kThreads>(to.T_low, from.T_low, copier);
+  copy_lower<kThreads>(to.P, from.P, copier);
+  if (copier < kDim / 4) copy_async(to.decay + copier * 4, from.decay + copier * 4);
+}
+
+// The tiles that copy_operands leaves out.
+template <int kThreads>
+MATE_DEVICE void clear_upper(Operands& to) {
+  const auto clear = [](uint16_t* matrix) {
+    for (int i = thread_index(); i < kChunk * kChunk / 8; i += kThreads) {
+      if (!is_lower(i)) reinterpret_cast<Eight*>(matrix)[i] = Eight{};
+    }
+  };
+  clear(to.T_high);
+  clear(to.T_low);
+  clear(to.P);
 }
 
 // The slice's columns of v from the first token on; absent ones are zeros.
@@ -140,43 +170,36 @@ MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t 
 
 // ---- one chunk ----------------------------------------------------------------------------------
 
-// A left operand in two bf16 terms.
-struct TwoTerms {
-  FragA high, low;
-};
-MATE_DEVICE TwoTerms in_two_terms(const FragC& c, uint16_t* scratch) {
-  FragC rest;
-  MATE_UNROLL
-  for (int v = 0; v < 8; v += 2) {
-    const uint32_t high = pack_bf16(c.x[v], c.x[v + 1]);
-    rest.x[v] = c.x[v] - from_bits(high << 16);
-    rest.x[v + 1] = c.x[v + 1] - from_bits(high & 0xffff0000u);
-  }
-  return {to_operand(c, scratch), to_operand(rest, scratch)};
-}
-
 // decay at the columns of elements v and v + 1
 MATE_DEVICE Pair decay_at(const float* decay, int v) {
   if (kNeighbours) return *reinterpret_cast<const Pair*>(decay + column_of(v));
   return {decay[column_of(v)], decay[column_of(v + 1)]};
 }
 
-// What the state holds for the chunk's keys, S^T k_in^T, and queries, S^T q_in^T. Each part of it
-// decays once it has been read.
-MATE_DEVICE void read_state(Operands& in, State& s, FragC (&held)[kTokenTiles],
-                            FragC (&output)[kTokenTiles], uint16_t* scratch) {
-  const Tile<kDim> k_in{in.k_in}, q_in{in.q_in};
+// What the state holds for the chunk's keys, S^T k_in^T, and for its queries, S^T q_in^T, as two
+// products under way; and the state's decay, once they have read it.
+template <class Products>
+MATE_DEVICE void read_state(const Operands& in, State& s, FragA (&state)[kKeyTiles],
+                            FragC (&held)[kTokenTiles], FragC (&output)[kTokenTiles],
+                            uint16_t* scratch) {
+  const auto read = [&](const uint16_t* matrix, FragC(&c)[kTokenTiles]) {
+    MATE_UNROLL
+    for (int k = 0; k < kKeyTiles; ++k) {
+      const Panels<kChunk> tile{matrix};
+      Products::columns(c, k > 0, state[k], tile, k * kBlock);
+    }
+    Products::commit();
+  };
+  MATE_UNROLL
+  for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], scratch);
+  Products::begin();
+  read(in.k_in, held);
+  read(in.q_in, output);
+}
+
+MATE_DEVICE void decay_state(const Operands& in, State& s) {
   MATE_UNROLL
   for (int k = 0; k < kKeyTiles; ++k) {
-    const FragA state = to_operand(s.tile[k], scratch);
-    MATE_UNROLL
-    for (int t = 0; t < kTokenTiles; ++t) {
-      multiply(held[t], state, load_b_columns(k_in, t * kBlock, k * kBlock));
-    }
-    MATE_UNROLL
-    for (int t = 0; t < kTokenTiles; ++t) {
-      multiply(output[t], state, load_b_columns(q_in, t * kBlock, k * kBlock));
-    }
     MATE_UNROLL
     for (int v = 0; v < 8; v += 2) {
       const Pair decay = decay_at(in.decay + k * kBlock, v);
@@ -187,65 +210,43 @@ MATE_DEVICE void read_state(Operands& in, State& s, FragC (&held)[kTokenTiles],
 }
 
 // V'^T = (V^T - held) T^T
-template <int32_t kDtype, int kSlice>
-MATE_DEVICE void correct(Stage<kSlice>& stage, int channel, FragC (&held)[kTokenTiles],
-                         TwoTerms (&corrected)[kTokenTiles], uint16_t* scratch) {
-  FragC sum[kTokenTiles] = {};
+template <class Products, int32_t kDtype, int kSlice>
+MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[kTokenTiles],
+                         FragA (&error)[kTokenTiles], FragC (&corrected)[kTokenTiles],
+                         uint16_t* scratch) {
   MATE_UNROLL
-  for (int m = 0; m < kTokenTiles; ++m) {
+  for (int t = 0; t < kTokenTiles; ++t) {
     uint32_t both[4];
-    load_c_columns(both, Tile<kSlice>{stage.values}, m * kBlock, channel);
+    load_c_columns(both, Tile<kSlice>{stage.values}, t * kBlock, channel);
     MATE_UNROLL
     for (int v = 0; v < 8; v += 2) {
       const Pair x = unpack<kDtype>(both[v / 2]);
-      held[m].x[v] = x.x - held[m].x[v];
-      held[m].x[v + 1] = x.y - held[m].x[v + 1];
+      held[t].x[v] = x.x - held[t].x[v];
+      held[t].x[v + 1] = x.y - held[t].x[v + 1];
     }
-    const FragA error = to_operand(held[m], scratch);
-    MATE_UNROLL
-    for (int t = m; t < kTokenTiles; ++t) {
-      multiply(sum[t], error, load_b_columns(lower_tile(stage.operands.T_low, t, m), 0, 0));
-    }
-    MATE_UNROLL
-    for (int t = m; t < kTokenTiles; ++t) {
-      multiply(sum[t], error, load_b_columns(lower_tile(stage.operands.T_high, t, m), 0, 0));
-    }
+    error[t] = to_operand(held[t], scratch);
   }
-  MATE_UNROLL
-  for (int t = 0; t < kTokenTiles; ++t) corrected[t] = in_two_terms(sum[t], scratch);
-}
-
-// O^T += V'^T P^T
-MATE_DEVICE void add_own(Operands& in, const TwoTerms (&corrected)[kTokenTiles],
-                         FragC (&output)[kTokenTiles]) {
-  MATE_UNROLL
-  for (int m = 0; m < kTokenTiles; ++m) {
-    MATE_UNROLL
-    for (int t = m; t < kTokenTiles; ++t) {
-      multiply(output[t], corrected[m].high, load_b_columns(lower_tile(in.P, t, m), 0, 0));
-    }
-  }
+  Products::begin();
+  Products::lower(corrected, false, error, Panels<kChunk>{stage.operands.T_low});
+  Products::lower(corrected, true, error, Panels<kChunk>{stage.operands.T_high});
+  Products::commit();
 }
 
 // S^T += V'^T k_out. What writes the state may not be rounded to bf16, because the error goes where
 // no later delta corrects it: V' in two terms.
-MATE_DEVICE void write_state(Operands& in, const TwoTerms (&corrected)[kTokenTiles], State& s) {
-  constexpr int kTogether = 4;  // independent products, between those that are not
-  const Tile<kDim> k_out{in.k_out};
+template <class Products>
+MATE_DEVICE void write_state(const Operands& in, const TwoTerms (&corrected)[kTokenTiles],
+                             State& s) {
+  constexpr int kTogether = kPanel / kBlock;
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
     MATE_UNROLL
-    for (int first = 0; first < kKeyTiles; first += kTogether) {
-      FragB keys[kTogether];
-      MATE_UNROLL
-      for (int k = 0; k < kTogether; ++k) {
-        keys[k] = load_b_rows(k_out, t * kBlock, (first + k) * kBlock);
-        multiply(s.tile[first + k], corrected[t].low, keys[k]);
-      }
-      MATE_UNROLL
-      for (int k = 0; k < kTogether; ++k) multiply(s.tile[first + k], corrected[t].high, keys[k]);
+    for (int k = 0; k < kKeyTiles; k += kTogether) {
+      const Panels<kChunk> k_out{in.k_out};
+      Products::rows(s.tile + k, corrected[t], k_out, t * kBlock, k * kBlock);
     }
   }
+  Products::commit();
 }
 
 // O, to where v was.
@@ -336,15 +337,37 @@ MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
 template <int32_t kDtype, int kSlice>
 MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage, int channel,
                             State& s, uint16_t* scratch) {
-  FragC held[kTokenTiles] = {}, output[kTokenTiles] = {};
+  using Products = typename Crew<kSlice>::Products;
+  FragA state[kKeyTiles], error[kTokenTiles], own[kTokenTiles];
+  FragC held[kTokenTiles], output[kTokenTiles], sum[kTokenTiles];
   TwoTerms corrected[kTokenTiles];
-  read_state(stage.operands, s, held, output, scratch);
-  correct<kDtype>(stage, channel, held, corrected, scratch);
-  add_own(stage.operands, corrected, output);
-  write_state(stage.operands, corrected, s);
+  read_state<Products>(stage.operands, s, state, held, output, scratch);
+  Products::template wait<1>();
+  Products::settle(held);
+  correct<Products, kDtype>(stage, channel, held, error, sum, scratch);
+  Products::template wait<0>();
+  Products::settle(state);
+  Products::settle(error);
+  Products::settle(output);
+  Products::settle(sum);
+  MATE_UNROLL
+  for (int t = 0; t < kTokenTiles; ++t) {
+    corrected[t] = in_two_terms(sum[t], scratch);
+    own[t] = corrected[t].high;
+  }
+  decay_state(stage.operands, s);
+  Products::begin();
+  Products::lower(output, true, own, Panels<kChunk>{stage.operands.P});
+  Products::commit();
+  write_state<Products>(stage.operands, corrected, s);
+  Products::template wait<1>();  // for the output; the state is still being written
+  Products::settle(output);
   keep_output<kDtype>(output, stage, channel);
   MATE_WARP_BARRIER();
   store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens, p.output_aligned);
+  Products::template wait<0>();
+  Products::settle(s.tile);
+  Products::settle(corrected);
 }
 
 template <int32_t kDtype, int kSlice, int kStages>
@@ -362,6 +385,12 @@ scan(const Params p) {
 
   Rest rest;
   if (!rest.find(p, sequence, head, slice)) return;
+  if (Crew<kSlice>::Products::kWholeMatrices) {
+    MATE_UNROLL
+    for (int i = 0; i < kStages; ++i) {
+      clear_upper<Crew<kSlice>::kThreads>(shared.stage[i].operands);
+    }
+  }
   copy_chunk(p, rest, shared.stage[0]);
   State s;
   if (owner) load_state(p, sequence, head, slice + channel, s);

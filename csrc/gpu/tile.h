@@ -32,9 +32,31 @@ struct Tile {
   }
 };
 
-// Tile {i, j} of a matrix of lower tiles.
-MATE_DEVICE Tile<kBlock> lower_tile(const uint16_t* matrix, int i, int j) {
-  return Tile<kBlock>{matrix + lower_tile(i, j) * kTileSize};
+// Wider matrices of kRows rows, in panels of kPanel columns: rows of 128 bytes, which the products
+// of a warp group read as they are.
+constexpr int kPanel = 64;
+template <int kRows>
+struct Panels {
+  uint16_t* data;
+
+  MATE_DEVICE explicit Panels(const uint16_t* data) : data(const_cast<uint16_t*>(data)) {}
+
+  MATE_DEVICE Tile<kPanel> panel(unsigned column) const {
+    return Tile<kPanel>{data + column / kPanel * kRows * kPanel};
+  }
+  MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
+    return panel(column).at(row, column % kPanel);
+  }
+  MATE_DEVICE uint16_t* in_block(unsigned row, unsigned column, unsigned r, unsigned c) const {
+    return panel(column).in_block(row, column % kPanel, r, c);
+  }
+};
+
+// Whether the 16 bytes that a thread copies as the i-th of a matrix [kChunk, kChunk], in the order
+// of memory, belong to a lower tile.
+MATE_DEVICE bool is_lower(unsigned i) {
+  const unsigned row = i / 8, piece = i % 8 ^ row % 8;
+  return piece / 2 <= row / kBlock;
 }
 
 struct alignas(16) Eight {

@@ -13,6 +13,10 @@
 #define MATE_BARRIER() __syncthreads()
 #define MATE_WARP_BARRIER() __syncwarp()
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MATE_HAS_GROUP_PRODUCTS 1  // wgmma.h
+#endif
+
 namespace mate {
 namespace gpu {
 
@@ -20,7 +24,7 @@ MATE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MATE_DEVICE int64_t block_index() { return blockIdx.x; }
 MATE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31); }
 MATE_DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char mate_shared[];
+  extern __shared__ __align__(1024) char mate_shared[];
   return mate_shared;
 }
 
@@ -77,6 +81,9 @@ MATE_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memo
 template <int kInFlight>
 MATE_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+#if defined(MATE_HAS_GROUP_PRODUCTS)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // these read what was copied
+#endif
 }
 
 // ---- products -----------------------------------------------------------------------------------
@@ -158,6 +165,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
+// Whether the kernels that run on this device have GroupProducts of their own.
+inline bool group_products() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 

@@ -338,6 +338,7 @@ inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
       &call, blocks, threads, shared_bytes);
 }
 
+inline bool group_products() { return false; }
 inline int multiprocessors() { return 4; }
 inline int shared_limit() { return host::shared_limit; }
 inline const char* last_error() { return host::error(); }

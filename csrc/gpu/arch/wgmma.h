@@ -1,0 +1,87 @@
+// Products of a group of four warps: wgmma of sm_90a. Four warps with 16 rows each make its 64, and
+// each warp's part of its accumulator is that of mma.sync's tiles side by side. The right operand
+// lies in shared memory as a descriptor tells: rows of 128 bytes, whose pieces of 16 are permuted
+// as Tile permutes them.
+#pragma once
+
+namespace mate {
+namespace gpu {
+
+// Where a right operand of 16 x 64 lies.
+template <int kRows>
+MATE_DEVICE uint64_t describe(const Panels<kRows>& x, int row, int column) {
+  const int offset = column / kPanel * kRows * kPanel + row * kPanel + column % kPanel;
+  constexpr uint64_t kGroups = 1024 >> 4, kPermuted = 1;  // bytes to the next 8 rows; by 128 bytes
+  const uint32_t address = shared_address(x.data + offset) & 0x3ffffu;
+  return kPermuted << 62 | kGroups << 32 | 1u << 16 | address >> 4;
+}
+
+#define MATE_TILE(t)                                                                   \
+  "+f"(c[t].x[0]), "+f"(c[t].x[1]), "+f"(c[t].x[2]), "+f"(c[t].x[3]), "+f"(c[t].x[4]), \
+      "+f"(c[t].x[5]), "+f"(c[t].x[6]), "+f"(c[t].x[7])
+
+// C (+)= A B; a row of the memory is one k if kTransposed, else one column.
+template <int kTransposed>
+MATE_DEVICE void group_multiply(FragC* c, bool add, const FragA& a, uint64_t b) {
+  asm volatile(
+      "{.reg .pred add; setp.ne.b32 add, %37, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, add, 1, 1, %38;}"
+      : MATE_TILE(0), MATE_TILE(1), MATE_TILE(2), MATE_TILE(3)
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(static_cast<int>(add)),
+        "n"(kTransposed));
+}
+#undef MATE_TILE
+
+struct GroupProducts {
+  MATE_DEVICE static void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+  MATE_DEVICE static void commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  template <int kInFlight>
+  MATE_DEVICE static void wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
+  }
+  // After wait(): from here on the compiler may use, move and overwrite these.
+  template <int kCount>
+  MATE_DEVICE static void settle(FragC (&c)[kCount]) {
+    MATE_UNROLL
+    for (int i = 0; i < kCount * 8; ++i) asm volatile("" : "+f"(c[i / 8].x[i % 8])::"memory");
+  }
+  template <int kCount>
+  MATE_DEVICE static void settle(FragA (&a)[kCount]) {
+    MATE_UNROLL
+    for (int i = 0; i < kCount * 4; ++i) asm volatile("" : "+r"(a[i / 4].x[i % 4])::"memory");
+  }
+
+  template <int kCount>
+  MATE_DEVICE static void settle(TwoTerms (&a)[kCount]) {
+    MATE_UNROLL
+    for (int i = 0; i < kCount * 4; ++i) {
+      asm volatile("" : "+r"(a[i / 4].high.x[i % 4]), "+r"(a[i / 4].low.x[i % 4])::"memory");
+    }
+  }
+
+  template <class Tile>
+  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Tile& tile,
+                                  int column) {
+    group_multiply<0>(c, add, a, describe(tile, 0, column));
+  }
+  static constexpr bool kWholeMatrices = true;
+  template <class Tile>
+  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4], const Tile& tile) {
+    MATE_UNROLL
+    for (int k = 0; k < 4; ++k) columns(c, add || k > 0, a[k], tile, k * kBlock);
+  }
+  template <class Tile>
+  MATE_DEVICE static void rows(FragC* c, const TwoTerms& a, const Tile& tile, int row, int column) {
+    const uint64_t b = describe(tile, row, column);
+    group_multiply<1>(c, true, a.low, b);
+    group_multiply<1>(c, true, a.high, b);
+  }
+};
+
+}  // namespace gpu
+}  // namespace mate
