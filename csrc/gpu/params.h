@@ -17,12 +17,19 @@ constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // a side of the products' tiles
 constexpr int kTokenTiles = kChunk / kBlock, kKeyTiles = kDim / kBlock;
 
-// Of one chunk and head; see prepare.h for what they hold. The image that `scan` wants in shared
-// memory, to be copied as it is: Panels<kChunk>. Of T and P only the tiles on and below the
-// diagonal, the lower ones, are ever written or read.
+// Of a matrix [tokens, tokens] with zeros above its diagonal the tiles on and below that are kept,
+// the lower ones, column by column: Tile<kBlock>.
+constexpr int kTileSize = kBlock * kBlock;
+constexpr int kLowerTiles = kTokenTiles * (kTokenTiles + 1) / 2;
+constexpr int kLowerSize = kLowerTiles * kTileSize;
+MATE_DEVICE constexpr int lower_tile(int row, int column) {
+  return column * (2 * kTokenTiles + 1 - column) / 2 + row - column;
+}
+
+// Of one chunk and head, as `scan` wants it in shared memory; see prepare.h for what it holds.
 struct alignas(16) Operands {
-  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];
-  uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
+  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];  // Panels<kChunk>
+  uint16_t T_high[kLowerSize], T_low[kLowerSize], P[kLowerSize];
   float decay[kDim];
 };
 

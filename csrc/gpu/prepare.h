@@ -187,16 +187,24 @@ MATE_DEVICE bool any_below(const Four& x, float bound) {
 // ---- the kernel ---------------------------------------------------------------------------------
 
 MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
-  const auto copy = [](const uint16_t* from, uint16_t* to) {
+  MATE_UNROLL
+  for (int first = 0; first < kLowerSize / 8; first += kPrepareThreads) {
+    const int i = first + thread_index();
+    if (i >= kLowerSize / 8) return;
+    const int tile = i / (kTileSize / 8), row = i % (kTileSize / 8) / 2, half = i % 2 * 8;
+    int column = 0;
     MATE_UNROLL
-    for (int first = 0; first < kChunk * kChunk / 8; first += kPrepareThreads) {
-      const int i = first + thread_index();
-      if (is_lower(i)) reinterpret_cast<Eight*>(to)[i] = reinterpret_cast<const Eight*>(from)[i];
-    }
-  };
-  copy(shared.T_high, out.T_high);
-  copy(shared.T_low, out.T_low);
-  copy(shared.P, out.P);
+    for (int j = 1; j < kTokenTiles; ++j) column += tile >= lower_tile(j, j);
+    const int above = tile - lower_tile(column, column) + column;
+    const int from = Tile<kChunk>::place(above * kBlock + row, column * kBlock + half);
+    const int to = tile * kTileSize + Tile<kBlock>::place(row, half);
+    const auto copy = [&](const uint16_t* source, uint16_t* target) {
+      *reinterpret_cast<Eight*>(target + to) = *reinterpret_cast<const Eight*>(source + from);
+    };
+    copy(shared.T_high, out.T_high);
+    copy(shared.T_low, out.T_low);
+    copy(shared.P, out.P);
+  }
 }
 
 template <int32_t kDtype>

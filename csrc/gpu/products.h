@@ -27,14 +27,16 @@ MATE_DEVICE TwoTerms in_two_terms(const FragC& c, uint16_t* scratch) {
 struct WarpProducts {
   MATE_DEVICE static void begin() {}
   MATE_DEVICE static void commit() {}
+  MATE_DEVICE static void publish() {}  // what this thread wrote to shared memory, to products
   template <int kInFlight>
   MATE_DEVICE static void wait() {}
   template <class Fragments>
   MATE_DEVICE static void settle(Fragments&) {}
 
+  using Matrix = Panels<kChunk>;
+
   // C[t][m][n] (+)= sum over k of A[m][k] tile[16 t + n][column + k]
-  template <class Tile>
-  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Tile& tile,
+  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Matrix& tile,
                                   int column) {
     MATE_UNROLL
     for (int t = 0; t < 4; ++t) {
@@ -43,17 +45,18 @@ struct WarpProducts {
     }
   }
 
-  // The same of all columns, where `tile` is a matrix [64, 64] of lower tiles. Its other tiles are
-  // zeros in shared memory if kWholeMatrices, else never read.
+  // The same with a matrix of tiles [4 columns][4 rows], lower ones. The others are zeros if
+  // kWholeMatrices, else never read.
   static constexpr bool kWholeMatrices = false;
-  template <class Tile>
-  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4], const Tile& tile) {
+  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4],
+                                const uint16_t* matrix) {
     MATE_UNROLL
     for (int k = 0; k < 4; ++k) {
       MATE_UNROLL
       for (int t = k; t < 4; ++t) {
         if (!add && k == 0) c[t] = FragC{};
-        multiply(c[t], a[k], load_b_columns(tile, t * kBlock, k * kBlock));
+        const Tile<kBlock> column{matrix + k * 4 * kTileSize};
+        multiply(c[t], a[k], load_b_columns(column, t * kBlock, 0));
       }
     }
   }

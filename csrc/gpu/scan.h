@@ -14,16 +14,24 @@
 namespace mate {
 namespace gpu {
 
+// Operands in shared memory: of T and P with room for the tiles above the diagonal.
+struct StageOperands {
+  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];
+  uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
+  float decay[kDim];
+};
+
 // What a block holds of one chunk.
 template <int kSlice>
 struct alignas(1024) Stage {
-  Operands operands;
+  StageOperands operands;
   uint16_t values[kChunk * kSlice];
 };
 
 template <int kSlice, int kStages>
 struct ScanShared {
   Stage<kSlice> stage[kStages];
+  Arrival arrival[kStages];
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
 };
 
@@ -47,18 +55,22 @@ MATE_DEVICE void copy_every(void* to, const void* from) {
   }
 }
 
-// A matrix [kChunk, kChunk]: lower tiles only.
+// Lower tiles to their places in a whole matrix.
 template <int kThreads>
 MATE_DEVICE void copy_lower(uint16_t* to, const uint16_t* from, int copier) {
   MATE_UNROLL
-  for (int first = 0; first < kChunk * kChunk / 8; first += kThreads) {
-    const int i = first + copier;
-    if (is_lower(i)) copy_async(to + i * 8, from + i * 8);
+  for (int first = 0; first < kLowerSize / 8; first += kThreads) {
+    const int i = first + copier, tile = i / (kTileSize / 8);
+    if (i >= kLowerSize / 8) return;
+    int missing = 0;  // those above the diagonal, in columns up to this one
+    MATE_UNROLL
+    for (int j = 1; j < kTokenTiles; ++j) missing += tile >= lower_tile(j, j) ? j : 0;
+    copy_async(to + missing * kTileSize + i * 8, from + i * 8);
   }
 }
 
 template <int kThreads>
-MATE_DEVICE void copy_operands(Operands& to, const Operands& from, int copier) {
+MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, int copier) {
   constexpr int kPieces = 3 * kChunk * kDim / 8;  // k_in, q_in, k_out
   static_assert(kPieces % kThreads == 0, "all copy as many");
   char* target = reinterpret_cast<char*>(&to) + copier * 16;
@@ -70,17 +82,33 @@ MATE_DEVICE void copy_operands(Operands& to, const Operands& from, int copier) {
   if (copier < kDim / 4) copy_async(to.decay + copier * 4, from.decay + copier * 4);
 }
 
-// The tiles that copy_operands leaves out.
-template <int kThreads>
-MATE_DEVICE void clear_upper(Operands& to) {
-  const auto clear = [](uint16_t* matrix) {
-    for (int i = thread_index(); i < kChunk * kChunk / 8; i += kThreads) {
-      if (!is_lower(i)) reinterpret_cast<Eight*>(matrix)[i] = Eight{};
+// The same by one thread.
+MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival& arrival) {
+  const auto copy_matrix = [&](uint16_t* matrix, const uint16_t* lower) {
+    MATE_UNROLL
+    for (int j = 0; j < kTokenTiles; ++j) {
+      copy_bulk(matrix + (j * kTokenTiles + j) * kTileSize, lower + lower_tile(j, j) * kTileSize,
+                (kTokenTiles - j) * kTileSize * 2, arrival);
     }
   };
-  clear(to.T_high);
-  clear(to.T_low);
-  clear(to.P);
+  expect_bytes(arrival, sizeof(Operands));
+  copy_bulk(to.k_in, from.k_in, 3 * sizeof(from.k_in), arrival);
+  copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
+  copy_matrix(to.T_low, from.T_low);
+  copy_matrix(to.T_high, from.T_high);
+  copy_matrix(to.P, from.P);
+}
+
+// The tiles above the diagonal, which are never copied.
+template <int kThreads>
+MATE_DEVICE void clear_upper(StageOperands& to) {
+  for (int i = thread_index(); i < kChunk * kChunk / 8; i += kThreads) {
+    const int tile = i / (kTileSize / 8);
+    if (tile % kTokenTiles >= tile / kTokenTiles) continue;
+    reinterpret_cast<Eight*>(to.T_high)[i] = Eight{};
+    reinterpret_cast<Eight*>(to.T_low)[i] = Eight{};
+    reinterpret_cast<Eight*>(to.P)[i] = Eight{};
+  }
 }
 
 // The slice's columns of v from the first token on; absent ones are zeros.
@@ -179,15 +207,13 @@ MATE_DEVICE Pair decay_at(const float* decay, int v) {
 // What the state holds for the chunk's keys, S^T k_in^T, and for its queries, S^T q_in^T, as two
 // products under way; and the state's decay, once they have read it.
 template <class Products>
-MATE_DEVICE void read_state(const Operands& in, State& s, FragA (&state)[kKeyTiles],
+MATE_DEVICE void read_state(const StageOperands& in, State& s, FragA (&state)[kKeyTiles],
                             FragC (&held)[kTokenTiles], FragC (&output)[kTokenTiles],
                             uint16_t* scratch) {
   const auto read = [&](const uint16_t* matrix, FragC(&c)[kTokenTiles]) {
+    const typename Products::Matrix x{matrix};
     MATE_UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) {
-      const Panels<kChunk> tile{matrix};
-      Products::columns(c, k > 0, state[k], tile, k * kBlock);
-    }
+    for (int k = 0; k < kKeyTiles; ++k) Products::columns(c, k > 0, state[k], x, k * kBlock);
     Products::commit();
   };
   MATE_UNROLL
@@ -197,7 +223,7 @@ MATE_DEVICE void read_state(const Operands& in, State& s, FragA (&state)[kKeyTil
   read(in.q_in, output);
 }
 
-MATE_DEVICE void decay_state(const Operands& in, State& s) {
+MATE_DEVICE void decay_state(const StageOperands& in, State& s) {
   MATE_UNROLL
   for (int k = 0; k < kKeyTiles; ++k) {
     MATE_UNROLL
@@ -227,22 +253,22 @@ MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[
     error[t] = to_operand(held[t], scratch);
   }
   Products::begin();
-  Products::lower(corrected, false, error, Panels<kChunk>{stage.operands.T_low});
-  Products::lower(corrected, true, error, Panels<kChunk>{stage.operands.T_high});
+  Products::lower(corrected, false, error, stage.operands.T_low);
+  Products::lower(corrected, true, error, stage.operands.T_high);
   Products::commit();
 }
 
 // S^T += V'^T k_out. What writes the state may not be rounded to bf16, because the error goes where
 // no later delta corrects it: V' in two terms.
 template <class Products>
-MATE_DEVICE void write_state(const Operands& in, const TwoTerms (&corrected)[kTokenTiles],
+MATE_DEVICE void write_state(const StageOperands& in, const TwoTerms (&corrected)[kTokenTiles],
                              State& s) {
   constexpr int kTogether = kPanel / kBlock;
+  const typename Products::Matrix k_out{in.k_out};
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
     MATE_UNROLL
     for (int k = 0; k < kKeyTiles; k += kTogether) {
-      const Panels<kChunk> k_out{in.k_out};
       Products::rows(s.tile + k, corrected[t], k_out, t * kBlock, k * kBlock);
     }
   }
@@ -323,11 +349,16 @@ struct Rest {
 
 // The first chunk of `rest`, if there is one, as one group of copies.
 template <int kSlice>
-MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage) {
+MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage,
+                            Arrival& arrival) {
   using Crew = Crew<kSlice>;
   const int copier = thread_index() - Crew::kFirstCopier;
   if (rest.chunks > 0 && copier >= 0) {
-    copy_operands<Crew::kCopiers>(stage.operands, *rest.operands, copier);
+    if (!kBulkCopies) {
+      copy_operands<Crew::kCopiers>(stage.operands, *rest.operands, copier);
+    } else if (copier == 0) {
+      copy_operands(stage.operands, *rest.operands, arrival);
+    }
     copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
   }
   copy_commit();
@@ -357,7 +388,7 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   }
   decay_state(stage.operands, s);
   Products::begin();
-  Products::lower(output, true, own, Panels<kChunk>{stage.operands.P});
+  Products::lower(output, true, own, stage.operands.P);
   Products::commit();
   write_state<Products>(stage.operands, corrected, s);
   Products::template wait<1>();  // for the output; the state is still being written
@@ -390,21 +421,26 @@ scan(const Params p) {
     for (int i = 0; i < kStages; ++i) {
       clear_upper<Crew<kSlice>::kThreads>(shared.stage[i].operands);
     }
+    Crew<kSlice>::Products::publish();
   }
-  copy_chunk(p, rest, shared.stage[0]);
+  if (thread_index() == Crew<kSlice>::kFirstCopier) {
+    for (int i = 0; i < kStages; ++i) prepare_arrival(shared.arrival[i]);
+  }
+  copy_chunk(p, rest, shared.stage[0], shared.arrival[0]);
   State s;
   if (owner) load_state(p, sequence, head, slice + channel, s);
   for (int n = 0; rest.chunks > 0; ++n) {
-    Stage<kSlice>& stage = shared.stage[n % kStages];
+    const int i = n % kStages, after = (n + 1) % kStages;
     Rest next = rest;
     next.advance(p);
     copy_wait<0>();
     MATE_BARRIER();  // all copies are here, and the other stage has been read
-    if (kStages > 1) copy_chunk(p, next, shared.stage[(n + 1) % kStages]);
-    if (owner) walk_chunk<kDtype>(p, rest, stage, channel, s, scratch);
+    if (kStages > 1) copy_chunk(p, next, shared.stage[after], shared.arrival[after]);
+    wait_arrival(shared.arrival[i], n / kStages);
+    if (owner) walk_chunk<kDtype>(p, rest, shared.stage[i], channel, s, scratch);
     if (kStages == 1) {
       MATE_BARRIER();
-      copy_chunk(p, next, stage);
+      copy_chunk(p, next, shared.stage[after], shared.arrival[after]);
     }
     rest = next;
   }

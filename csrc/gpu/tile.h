@@ -52,13 +52,6 @@ struct Panels {
   }
 };
 
-// Whether the 16 bytes that a thread copies as the i-th of a matrix [kChunk, kChunk], in the order
-// of memory, belong to a lower tile.
-MATE_DEVICE bool is_lower(unsigned i) {
-  const unsigned row = i / 8, piece = i % 8 ^ row % 8;
-  return piece / 2 <= row / kBlock;
-}
-
 struct alignas(16) Eight {
   uint32_t x[4];  // 16-bit numbers, two in each
 };

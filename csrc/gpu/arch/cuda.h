@@ -81,10 +81,46 @@ MATE_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memo
 template <int kInFlight>
 MATE_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
-#if defined(MATE_HAS_GROUP_PRODUCTS)
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // these read what was copied
-#endif
 }
+
+// ---- bulk copies --------------------------------------------------------------------------------
+
+struct Arrival {
+  uint64_t state;
+};
+#if __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+MATE_DEVICE void prepare_arrival(Arrival& x) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&x)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+MATE_DEVICE void expect_bytes(Arrival& x, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&x)),
+               "r"(bytes)
+               : "memory");
+}
+MATE_DEVICE void copy_bulk(void* to, const void* from, int bytes, Arrival& x) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&x))
+      : "memory");
+}
+MATE_DEVICE void wait_arrival(Arrival& x, int times) {
+  asm volatile(
+      "{.reg .pred done; again: "
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+      "@!done bra again;}" ::"r"(shared_address(&x)),
+      "r"(times % 2)
+      : "memory");
+}
+#else
+constexpr bool kBulkCopies = false;
+MATE_DEVICE void prepare_arrival(Arrival&) {}
+MATE_DEVICE void expect_bytes(Arrival&, int) {}
+MATE_DEVICE void copy_bulk(void*, const void*, int, Arrival&) {}
+MATE_DEVICE void wait_arrival(Arrival&, int) {}
+#endif
 
 // ---- products -----------------------------------------------------------------------------------
 

@@ -226,7 +226,7 @@ bool run(void (*body)(const void*), const void* with, int64_t blocks, int block_
              static_cast<long long>(blocks), block_threads, shared_bytes);
     return false;
   }
-  alignas(128) static char memory[kGuard + kMaxShared + kGuard];
+  alignas(1024) static char memory[kGuard + kMaxShared + kGuard];
   shared = memory + kGuard;
   threads = block_threads;
   thread_body = body;

@@ -97,6 +97,14 @@ inline uint16_t to_fp16(float x) {
 
 // ---- shuffles and copies ------------------------------------------------------------------------
 
+// Not emulated.
+struct Arrival {};
+constexpr bool kBulkCopies = false;
+inline void prepare_arrival(Arrival&) {}
+inline void expect_bytes(Arrival&, int) {}
+inline void copy_bulk(void*, const void*, int, Arrival&) {}
+inline void wait_arrival(Arrival&, int) {}
+
 inline float shuffle_xor(float x, int mask) {
   struct Lane {
     float value, result;

@@ -7,14 +7,22 @@
 namespace mate {
 namespace gpu {
 
-// Where a right operand of 16 x 64 lies.
-template <int kRows>
-MATE_DEVICE uint64_t describe(const Panels<kRows>& x, int row, int column) {
-  const int offset = column / kPanel * kRows * kPanel + row * kPanel + column % kPanel;
-  constexpr uint64_t kGroups = 1024 >> 4, kPermuted = 1;  // bytes to the next 8 rows; by 128 bytes
-  const uint32_t address = shared_address(x.data + offset) & 0x3ffffu;
-  return kPermuted << 62 | kGroups << 32 | 1u << 16 | address >> 4;
-}
+// Where a right operand of 16 x 64 lies: rows of 128 bytes, or of 32, in groups of 8. The lanes of
+// a warp agree on it, which the compiler is told once per matrix.
+struct Place {
+  uint32_t address;  // in pieces of 16 bytes
+  uint32_t layout;   // from one group to the next, and how rows are permuted
+
+  MATE_DEVICE static Place of(const uint16_t* matrix, uint32_t layout) {
+    const uint32_t address = (shared_address(matrix) & 0x3ffffu) >> 4 | 1u << 16;
+    return {__shfl_sync(0xffffffffu, address, 0), layout};
+  }
+  // `elements` on
+  MATE_DEVICE uint64_t at(int elements) const {
+    return static_cast<uint64_t>(layout) << 32 | (address + elements / 8);
+  }
+};
+constexpr uint32_t kRowsOf128 = 1024 >> 4 | 1u << 30, kRowsOf32 = 256 >> 4 | 3u << 30;
 
 #define MATE_TILE(t)                                                                   \
   "+f"(c[t].x[0]), "+f"(c[t].x[1]), "+f"(c[t].x[2]), "+f"(c[t].x[3]), "+f"(c[t].x[4]), \
@@ -40,6 +48,7 @@ struct GroupProducts {
   MATE_DEVICE static void commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   }
+  MATE_DEVICE static void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
   template <int kInFlight>
   MATE_DEVICE static void wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
@@ -64,20 +73,28 @@ struct GroupProducts {
     }
   }
 
-  template <class Tile>
-  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Tile& tile,
+  struct Matrix {
+    Place place;
+    MATE_DEVICE explicit Matrix(const uint16_t* data) : place(Place::of(data, kRowsOf128)) {}
+  };
+  MATE_DEVICE static int panel(int column) {
+    return column / kPanel * kChunk * kPanel + column % kPanel;
+  }
+  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Matrix& x,
                                   int column) {
-    group_multiply<0>(c, add, a, describe(tile, 0, column));
+    group_multiply<0>(c, add, a, x.place.at(panel(column)));
   }
   static constexpr bool kWholeMatrices = true;
-  template <class Tile>
-  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4], const Tile& tile) {
+  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4],
+                                const uint16_t* matrix) {
+    const Place place = Place::of(matrix, kRowsOf32);
     MATE_UNROLL
-    for (int k = 0; k < 4; ++k) columns(c, add || k > 0, a[k], tile, k * kBlock);
+    for (int k = 0; k < 4; ++k) {
+      group_multiply<0>(c, add || k > 0, a[k], place.at(k * 4 * kTileSize));
+    }
   }
-  template <class Tile>
-  MATE_DEVICE static void rows(FragC* c, const TwoTerms& a, const Tile& tile, int row, int column) {
-    const uint64_t b = describe(tile, row, column);
+  MATE_DEVICE static void rows(FragC* c, const TwoTerms& a, const Matrix& x, int row, int column) {
+    const uint64_t b = x.place.at(panel(column) + row * kPanel);
     group_multiply<1>(c, true, a.low, b);
     group_multiply<1>(c, true, a.high, b);
   }
