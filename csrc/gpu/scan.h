@@ -376,6 +376,7 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   Products::template wait<1>();
   Products::settle(held);
   correct<Products, kDtype>(stage, channel, held, error, sum, scratch);
+  decay_state(stage.operands, s);
   Products::template wait<0>();
   Products::settle(state);
   Products::settle(error);
@@ -386,7 +387,6 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
     corrected[t] = in_two_terms(sum[t], scratch);
     own[t] = corrected[t].high;
   }
-  decay_state(stage.operands, s);
   Products::begin();
   Products::lower(output, true, own, stage.operands.P);
   Products::commit();
