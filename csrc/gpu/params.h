@@ -28,8 +28,9 @@ MATE_DEVICE constexpr int lower_tile(int row, int column) {
 
 // Of one chunk and head, as `scan` wants it in shared memory; see prepare.h for what it holds.
 struct alignas(16) Operands {
-  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];  // Panels<kChunk>
-  uint16_t T_high[kLowerSize], T_low[kLowerSize], P[kLowerSize];
+  uint16_t in[2 * kChunk * kDim];  // k_in, then q_in below it: Panels<2 * kChunk>
+  uint16_t k_out[kChunk * kDim];   // Panels<kChunk>
+  uint16_t T_low[kLowerSize], T_high[kLowerSize], P[kLowerSize];
   float decay[kDim];
 };
 

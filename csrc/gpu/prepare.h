@@ -85,12 +85,10 @@ MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareSha
         store_bf16(far_columns.at(i, channel), k_in * far);
         store_bf16(extra_q.at(i, channel), q_in * far);
       }
-      const auto store = [&](uint16_t* matrix, const Four& x) {
-        store_bf16(Panels<kChunk>{matrix}.at(t.first + i, channel), x);
-      };
-      store(out.k_in, k_in * before);
-      store(out.q_in, q_in * before);
-      store(out.k_out, k_out * after);
+      const Panels<2 * kChunk> rows_in{out.in};
+      store_bf16(rows_in.at(t.first + i, channel), k_in * before);
+      store_bf16(rows_in.at(kChunk + t.first + i, channel), q_in * before);
+      store_bf16(Panels<kChunk>{out.k_out}.at(t.first + i, channel), k_out * after);
     }
   }
 }

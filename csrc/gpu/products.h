@@ -33,45 +33,60 @@ struct WarpProducts {
   template <class Fragments>
   MATE_DEVICE static void settle(Fragments&) {}
 
-  using Matrix = Panels<kChunk>;
-
-  // C[t][m][n] (+)= sum over k of A[m][k] tile[16 t + n][column + k]
-  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Matrix& tile,
+  // C[t][m][n] (+)= sum over k of A[m][k] in[16 t + n][column + k]
+  using In = Panels<2 * kChunk>;
+  MATE_DEVICE static void columns(FragC (&c)[8], bool add, const FragA& a, const In& in,
                                   int column) {
     MATE_UNROLL
-    for (int t = 0; t < 4; ++t) {
+    for (int t = 0; t < 8; ++t) {
       if (!add) c[t] = FragC{};
-      multiply(c[t], a, load_b_columns(tile, t * kBlock, column));
+      multiply(c[t], a, load_b_columns(in, t * kBlock, column));
     }
   }
 
-  // The same with a matrix of tiles [4 columns][4 rows], lower ones. The others are zeros if
-  // kWholeMatrices, else never read.
+  // C = the same of all columns, with matrices of lower tiles: `kMatrices` of them tile column by
+  // tile column, 4 tiles of each. The tiles above the diagonal are zeros if kWholeMatrices, else
+  // never read.
   static constexpr bool kWholeMatrices = false;
-  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4],
-                                const uint16_t* matrix) {
+  template <int kMatrices>
+  MATE_DEVICE static void lower(FragC (&c)[4], const FragA (&a)[4], const uint16_t* tiles) {
     MATE_UNROLL
     for (int k = 0; k < 4; ++k) {
       MATE_UNROLL
-      for (int t = k; t < 4; ++t) {
-        if (!add && k == 0) c[t] = FragC{};
-        const Tile<kBlock> column{matrix + k * 4 * kTileSize};
-        multiply(c[t], a[k], load_b_columns(column, t * kBlock, 0));
+      for (int i = 0; i < kMatrices; ++i) {
+        const Tile<kBlock> column{tiles + (k * kMatrices + i) * 4 * kTileSize};
+        MATE_UNROLL
+        for (int t = k; t < 4; ++t) {
+          if (k == 0 && i == 0) c[t] = FragC{};
+          multiply(c[t], a[k], load_b_columns(column, t * kBlock, 0));
+        }
       }
     }
   }
 
-  // C[t][m][n] += sum over k of A[m][k] tile[row + k][column + 16 t + n], for 4 t
-  template <class Tile>
-  MATE_DEVICE static void rows(FragC* c, const TwoTerms& a, const Tile& tile, int row, int column) {
-    FragB b[4];
+  // A product with T in two terms.
+  struct Corrected {
+    FragC c[4];
+    MATE_DEVICE FragC tile(int t) const { return c[t]; }
+  };
+  MATE_DEVICE static void correct(Corrected& x, const FragA (&a)[4], const uint16_t* T) {
+    lower<2>(x.c, a, T);
+  }
+
+  // C[t][m][n] += sum over k of A[m][k] out[row + k][16 t + n]
+  using Out = Panels<kChunk>;
+  MATE_DEVICE static void rows(FragC (&c)[8], const TwoTerms& a, const Out& out, int row) {
     MATE_UNROLL
-    for (int t = 0; t < 4; ++t) {
-      b[t] = load_b_rows(tile, row, column + t * kBlock);
-      multiply(c[t], a.low, b[t]);
+    for (int first = 0; first < 8; first += 4) {  // independent products between those that are not
+      FragB b[4];
+      MATE_UNROLL
+      for (int t = 0; t < 4; ++t) {
+        b[t] = load_b_rows(out, row, (first + t) * kBlock);
+        multiply(c[first + t], a.low, b[t]);
+      }
+      MATE_UNROLL
+      for (int t = 0; t < 4; ++t) multiply(c[first + t], a.high, b[t]);
     }
-    MATE_UNROLL
-    for (int t = 0; t < 4; ++t) multiply(c[t], a.high, b[t]);
   }
 };
 

@@ -14,10 +14,12 @@
 namespace mate {
 namespace gpu {
 
-// Operands in shared memory: of T and P with room for the tiles above the diagonal.
+// Operands in shared memory: of T and P with room for the tiles above the diagonal, and the terms
+// of T side by side.
 struct StageOperands {
-  uint16_t k_in[kChunk * kDim], q_in[kChunk * kDim], k_out[kChunk * kDim];
-  uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
+  uint16_t in[2 * kChunk * kDim], k_out[kChunk * kDim];
+  uint16_t T[kTokenTiles][2][kTokenTiles * kTileSize];  // {tile column, term}: low, high
+  uint16_t P[kTokenTiles][kTokenTiles * kTileSize];
   float decay[kDim];
 };
 
@@ -55,59 +57,63 @@ MATE_DEVICE void copy_every(void* to, const void* from) {
   }
 }
 
-// Lower tiles to their places in a whole matrix.
+// Lower tiles to their places among all; `column`: elements from one tile column to the next.
 template <int kThreads>
-MATE_DEVICE void copy_lower(uint16_t* to, const uint16_t* from, int copier) {
+MATE_DEVICE void copy_lower(uint16_t* to, int column, const uint16_t* from, int copier) {
   MATE_UNROLL
   for (int first = 0; first < kLowerSize / 8; first += kThreads) {
     const int i = first + copier, tile = i / (kTileSize / 8);
     if (i >= kLowerSize / 8) return;
-    int missing = 0;  // those above the diagonal, in columns up to this one
+    int j = 0;
     MATE_UNROLL
-    for (int j = 1; j < kTokenTiles; ++j) missing += tile >= lower_tile(j, j) ? j : 0;
-    copy_async(to + missing * kTileSize + i * 8, from + i * 8);
+    for (int next = 1; next < kTokenTiles; ++next) j += tile >= lower_tile(next, next);
+    const int row = tile - lower_tile(j, j) + j;
+    copy_async(to + j * column + row * kTileSize + i % (kTileSize / 8) * 8, from + i * 8);
   }
 }
 
 template <int kThreads>
 MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, int copier) {
-  constexpr int kPieces = 3 * kChunk * kDim / 8;  // k_in, q_in, k_out
+  constexpr int kPieces = 3 * kChunk * kDim / 8;  // in, k_out
   static_assert(kPieces % kThreads == 0, "all copy as many");
   char* target = reinterpret_cast<char*>(&to) + copier * 16;
   const char* source = reinterpret_cast<const char*>(&from) + copier * 16;
   copy_every<kThreads * 16, kPieces / kThreads>(target, source);
-  copy_lower<kThreads>(to.T_high, from.T_high, copier);
-  copy_lower<kThreads>(to.T_low, from.T_low, copier);
-  copy_lower<kThreads>(to.P, from.P, copier);
+  copy_lower<kThreads>(to.T[0][0], sizeof(to.T[0]) / 2, from.T_low, copier);
+  copy_lower<kThreads>(to.T[0][1], sizeof(to.T[0]) / 2, from.T_high, copier);
+  copy_lower<kThreads>(to.P[0], sizeof(to.P[0]) / 2, from.P, copier);
   if (copier < kDim / 4) copy_async(to.decay + copier * 4, from.decay + copier * 4);
 }
 
 // The same by one thread.
 MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival& arrival) {
-  const auto copy_matrix = [&](uint16_t* matrix, const uint16_t* lower) {
-    MATE_UNROLL
-    for (int j = 0; j < kTokenTiles; ++j) {
-      copy_bulk(matrix + (j * kTokenTiles + j) * kTileSize, lower + lower_tile(j, j) * kTileSize,
-                (kTokenTiles - j) * kTileSize * 2, arrival);
-    }
-  };
   expect_bytes(arrival, sizeof(Operands));
-  copy_bulk(to.k_in, from.k_in, 3 * sizeof(from.k_in), arrival);
+  copy_bulk(to.in, from.in, sizeof(from.in) + sizeof(from.k_out), arrival);
   copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
-  copy_matrix(to.T_low, from.T_low);
-  copy_matrix(to.T_high, from.T_high);
-  copy_matrix(to.P, from.P);
+  MATE_UNROLL
+  for (int j = 0; j < kTokenTiles; ++j) {
+    const auto copy = [&](uint16_t* tiles, const uint16_t* lower) {
+      copy_bulk(tiles + j * kTileSize, lower + lower_tile(j, j) * kTileSize,
+                (kTokenTiles - j) * kTileSize * 2, arrival);
+    };
+    copy(to.T[j][0], from.T_low);
+    copy(to.T[j][1], from.T_high);
+    copy(to.P[j], from.P);
+  }
 }
 
 // The tiles above the diagonal, which are never copied.
 template <int kThreads>
 MATE_DEVICE void clear_upper(StageOperands& to) {
-  for (int i = thread_index(); i < kChunk * kChunk / 8; i += kThreads) {
-    const int tile = i / (kTileSize / 8);
-    if (tile % kTokenTiles >= tile / kTokenTiles) continue;
-    reinterpret_cast<Eight*>(to.T_high)[i] = Eight{};
-    reinterpret_cast<Eight*>(to.T_low)[i] = Eight{};
-    reinterpret_cast<Eight*>(to.P)[i] = Eight{};
+  for (int i = thread_index(); i < kTokenTiles * kTileSize / 8; i += kThreads) {
+    const int row = i / (kTileSize / 8);
+    MATE_UNROLL
+    for (int j = 1; j < kTokenTiles; ++j) {
+      if (row >= j) continue;
+      reinterpret_cast<Eight*>(to.T[j][0])[i] = Eight{};
+      reinterpret_cast<Eight*>(to.T[j][1])[i] = Eight{};
+      reinterpret_cast<Eight*>(to.P[j])[i] = Eight{};
+    }
   }
 }
 
@@ -204,23 +210,17 @@ MATE_DEVICE Pair decay_at(const float* decay, int v) {
   return {decay[column_of(v)], decay[column_of(v + 1)]};
 }
 
-// What the state holds for the chunk's keys, S^T k_in^T, and for its queries, S^T q_in^T, as two
-// products under way; and the state's decay, once they have read it.
+// What the state holds for the chunk's keys, S^T k_in^T, and for its queries, S^T q_in^T.
 template <class Products>
-MATE_DEVICE void read_state(const StageOperands& in, State& s, FragA (&state)[kKeyTiles],
-                            FragC (&held)[kTokenTiles], FragC (&output)[kTokenTiles],
-                            uint16_t* scratch) {
-  const auto read = [&](const uint16_t* matrix, FragC(&c)[kTokenTiles]) {
-    const typename Products::Matrix x{matrix};
-    MATE_UNROLL
-    for (int k = 0; k < kKeyTiles; ++k) Products::columns(c, k > 0, state[k], x, k * kBlock);
-    Products::commit();
-  };
+MATE_DEVICE void read_state(const StageOperands& in, const State& s, FragA (&state)[kKeyTiles],
+                            FragC (&held)[2 * kTokenTiles], uint16_t* scratch) {
   MATE_UNROLL
   for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], scratch);
+  const typename Products::In rows{in.in};
   Products::begin();
-  read(in.k_in, held);
-  read(in.q_in, output);
+  MATE_UNROLL
+  for (int k = 0; k < kKeyTiles; ++k) Products::columns(held, k > 0, state[k], rows, k * kBlock);
+  Products::commit();
 }
 
 MATE_DEVICE void decay_state(const StageOperands& in, State& s) {
@@ -237,8 +237,8 @@ MATE_DEVICE void decay_state(const StageOperands& in, State& s) {
 
 // V'^T = (V^T - held) T^T
 template <class Products, int32_t kDtype, int kSlice>
-MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[kTokenTiles],
-                         FragA (&error)[kTokenTiles], FragC (&corrected)[kTokenTiles],
+MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[2 * kTokenTiles],
+                         FragA (&error)[kTokenTiles], typename Products::Corrected& corrected,
                          uint16_t* scratch) {
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
@@ -253,8 +253,7 @@ MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[
     error[t] = to_operand(held[t], scratch);
   }
   Products::begin();
-  Products::lower(corrected, false, error, stage.operands.T_low);
-  Products::lower(corrected, true, error, stage.operands.T_high);
+  Products::correct(corrected, error, stage.operands.T[0][0]);
   Products::commit();
 }
 
@@ -263,28 +262,23 @@ MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[
 template <class Products>
 MATE_DEVICE void write_state(const StageOperands& in, const TwoTerms (&corrected)[kTokenTiles],
                              State& s) {
-  constexpr int kTogether = kPanel / kBlock;
-  const typename Products::Matrix k_out{in.k_out};
+  const typename Products::Out k_out{in.k_out};
   MATE_UNROLL
-  for (int t = 0; t < kTokenTiles; ++t) {
-    MATE_UNROLL
-    for (int k = 0; k < kKeyTiles; k += kTogether) {
-      Products::rows(s.tile + k, corrected[t], k_out, t * kBlock, k * kBlock);
-    }
-  }
+  for (int t = 0; t < kTokenTiles; ++t) Products::rows(s.tile, corrected[t], k_out, t * kBlock);
   Products::commit();
 }
 
-// O, to where v was.
+// O^T = held + V'^T P^T, to where v was.
 template <int32_t kDtype, int kSlice>
-MATE_DEVICE void keep_output(const FragC (&output)[kTokenTiles], Stage<kSlice>& stage,
-                             int channel) {
+MATE_DEVICE void keep_output(const FragC (&held)[2 * kTokenTiles],
+                             const FragC (&added)[kTokenTiles], Stage<kSlice>& stage, int channel) {
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
+    const FragC &x = held[kTokenTiles + t], &y = added[t];
     uint32_t both[4];
     MATE_UNROLL
     for (int v = 0; v < 8; v += 2) {
-      both[v / 2] = pack<kDtype>(output[t].x[v], output[t].x[v + 1]);
+      both[v / 2] = pack<kDtype>(x.x[v] + y.x[v], x.x[v + 1] + y.x[v + 1]);
     }
     store_c_columns(both, Tile<kSlice>{stage.values}, t * kBlock, channel);
   }
@@ -370,30 +364,30 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
                             State& s, uint16_t* scratch) {
   using Products = typename Crew<kSlice>::Products;
   FragA state[kKeyTiles], error[kTokenTiles], own[kTokenTiles];
-  FragC held[kTokenTiles], output[kTokenTiles], sum[kTokenTiles];
+  FragC held[2 * kTokenTiles], added[kTokenTiles];
+  typename Products::Corrected sum;
   TwoTerms corrected[kTokenTiles];
-  read_state<Products>(stage.operands, s, state, held, output, scratch);
-  Products::template wait<1>();
+  read_state<Products>(stage.operands, s, state, held, scratch);
+  Products::template wait<0>();
+  Products::settle(state);
   Products::settle(held);
   correct<Products, kDtype>(stage, channel, held, error, sum, scratch);
   decay_state(stage.operands, s);
   Products::template wait<0>();
-  Products::settle(state);
   Products::settle(error);
-  Products::settle(output);
   Products::settle(sum);
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
-    corrected[t] = in_two_terms(sum[t], scratch);
+    corrected[t] = in_two_terms(sum.tile(t), scratch);
     own[t] = corrected[t].high;
   }
   Products::begin();
-  Products::lower(output, true, own, stage.operands.P);
+  Products::template lower<1>(added, own, stage.operands.P[0]);
   Products::commit();
   write_state<Products>(stage.operands, corrected, s);
   Products::template wait<1>();  // for the output; the state is still being written
-  Products::settle(output);
-  keep_output<kDtype>(output, stage, channel);
+  Products::settle(added);
+  keep_output<kDtype>(held, added, stage, channel);
   MATE_WARP_BARRIER();
   store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens, p.output_aligned);
   Products::template wait<0>();

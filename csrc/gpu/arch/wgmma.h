@@ -13,8 +13,9 @@ struct Place {
   uint32_t address;  // in pieces of 16 bytes
   uint32_t layout;   // from one group to the next, and how rows are permuted
 
-  MATE_DEVICE static Place of(const uint16_t* matrix, uint32_t layout) {
-    const uint32_t address = (shared_address(matrix) & 0x3ffffu) >> 4 | 1u << 16;
+  // `panel`: bytes from one panel to the next, where an operand has two
+  MATE_DEVICE static Place of(const uint16_t* matrix, uint32_t layout, uint32_t panel = 16) {
+    const uint32_t address = (shared_address(matrix) & 0x3ffffu) >> 4 | panel >> 4 << 16;
     return {__shfl_sync(0xffffffffu, address, 0), layout};
   }
   // `elements` on
@@ -22,15 +23,22 @@ struct Place {
     return static_cast<uint64_t>(layout) << 32 | (address + elements / 8);
   }
 };
+// Bytes from one group to the next in units of 16, and the code of the permutation.
 constexpr uint32_t kRowsOf128 = 1024 >> 4 | 1u << 30, kRowsOf32 = 256 >> 4 | 3u << 30;
 
 #define MATE_TILE(t)                                                                   \
   "+f"(c[t].x[0]), "+f"(c[t].x[1]), "+f"(c[t].x[2]), "+f"(c[t].x[3]), "+f"(c[t].x[4]), \
       "+f"(c[t].x[5]), "+f"(c[t].x[6]), "+f"(c[t].x[7])
 
-// C (+)= A B; a row of the memory is one k if kTransposed, else one column.
+#define MATE_RIGHT                                                                        \
+  "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(static_cast<int>(add)), \
+      "n"(kTransposed)
+
+// C (+)= A B; a row of the memory is one k if kTransposed, else one column. With A in registers 64
+// columns take as long as 128. An accumulator may not be part of another's: ptxas would do one
+// product after another.
 template <int kTransposed>
-MATE_DEVICE void group_multiply(FragC* c, bool add, const FragA& a, uint64_t b) {
+MATE_DEVICE void group_multiply(FragC (&c)[4], bool add, const FragA& a, uint64_t b) {
   asm volatile(
       "{.reg .pred add; setp.ne.b32 add, %37, 0; "
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -38,9 +46,23 @@ MATE_DEVICE void group_multiply(FragC* c, bool add, const FragA& a, uint64_t b) 
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "{%32, %33, %34, %35}, %36, add, 1, 1, %38;}"
       : MATE_TILE(0), MATE_TILE(1), MATE_TILE(2), MATE_TILE(3)
-      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(static_cast<int>(add)),
-        "n"(kTransposed));
+      : MATE_RIGHT);
 }
+template <int kTransposed>
+MATE_DEVICE void group_multiply(FragC (&c)[8], bool add, const FragA& a, uint64_t b) {
+  asm volatile(
+      "{.reg .pred add; setp.ne.b32 add, %69, 0; "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, add, 1, 1, %70;}"
+      : MATE_TILE(0), MATE_TILE(1), MATE_TILE(2), MATE_TILE(3), MATE_TILE(4), MATE_TILE(5),
+        MATE_TILE(6), MATE_TILE(7)
+      : MATE_RIGHT);
+}
+#undef MATE_RIGHT
 #undef MATE_TILE
 
 struct GroupProducts {
@@ -73,28 +95,47 @@ struct GroupProducts {
     }
   }
 
-  struct Matrix {
+  struct In {
     Place place;
-    MATE_DEVICE explicit Matrix(const uint16_t* data) : place(Place::of(data, kRowsOf128)) {}
+    MATE_DEVICE explicit In(const uint16_t* data) : place(Place::of(data, kRowsOf128)) {}
   };
-  MATE_DEVICE static int panel(int column) {
-    return column / kPanel * kChunk * kPanel + column % kPanel;
-  }
-  MATE_DEVICE static void columns(FragC (&c)[4], bool add, const FragA& a, const Matrix& x,
+  MATE_DEVICE static void columns(FragC (&c)[8], bool add, const FragA& a, const In& in,
                                   int column) {
-    group_multiply<0>(c, add, a, x.place.at(panel(column)));
+    const int offset = column / kPanel * 2 * kChunk * kPanel + column % kPanel;
+    group_multiply<0>(c, add, a, in.place.at(offset));
   }
+
   static constexpr bool kWholeMatrices = true;
-  MATE_DEVICE static void lower(FragC (&c)[4], bool add, const FragA (&a)[4],
-                                const uint16_t* matrix) {
-    const Place place = Place::of(matrix, kRowsOf32);
+  template <int kMatrices, int kTiles>
+  MATE_DEVICE static void lower(FragC (&c)[kTiles], const FragA (&a)[4], const uint16_t* tiles) {
+    const Place place = Place::of(tiles, kRowsOf32);
     MATE_UNROLL
     for (int k = 0; k < 4; ++k) {
-      group_multiply<0>(c, add || k > 0, a[k], place.at(k * 4 * kTileSize));
+      group_multiply<0>(c, k > 0, a[k], place.at(k * kTiles * kTileSize));
     }
   }
-  MATE_DEVICE static void rows(FragC* c, const TwoTerms& a, const Matrix& x, int row, int column) {
-    const uint64_t b = x.place.at(panel(column) + row * kPanel);
+
+  struct Corrected {
+    FragC c[8];  // by T's low terms, by its high ones
+    MATE_DEVICE FragC tile(int t) const {
+      FragC sum;
+      MATE_UNROLL
+      for (int v = 0; v < 8; ++v) sum.x[v] = c[t].x[v] + c[t + 4].x[v];
+      return sum;
+    }
+  };
+  MATE_DEVICE static void correct(Corrected& x, const FragA (&a)[4], const uint16_t* T) {
+    lower<2>(x.c, a, T);
+  }
+  MATE_DEVICE static void settle(Corrected& x) { settle(x.c); }
+
+  struct Out {
+    Place place;
+    MATE_DEVICE explicit Out(const uint16_t* data)
+        : place(Place::of(data, kRowsOf128, kChunk * kPanel * 2)) {}
+  };
+  MATE_DEVICE static void rows(FragC (&c)[8], const TwoTerms& a, const Out& out, int row) {
+    const uint64_t b = out.place.at(row * kPanel);
     group_multiply<1>(c, true, a.low, b);
     group_multiply<1>(c, true, a.high, b);
   }
