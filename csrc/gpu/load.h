@@ -99,53 +99,98 @@ MATE_DEVICE void fetch_g32(const Params& p, const Tokens& t, TileShared& tile) {
 
 MATE_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-kLog2e * x)); }
 
-MATE_DEVICE void fetch_beta(const Params& p, const Tokens& t, PrepareShared& shared) {
-  const int i = lane_index();
-  if (i >= kBlock) return;
-  float b = 0.0f;
-  if (i < t.count) {
-    const char* at = row_at(p.args.beta, t.batch, t.token + i, t.head);
-    b = load_element(at, 0, p.args.beta.dtype);
-    if (p.args.flags & MATE_BETA_SIGMOID) {
-      b = sigmoid(b) * (p.args.flags & MATE_NEG_EIGVAL ? 2.0f : 1.0f);
+// What a lane needs of the small tensors, asked for before anything is waited for.
+struct Scalars {
+  float beta;  // of token lane_index()
+  float A_log, dt_bias[kLane];
+};
+
+MATE_DEVICE Scalars fetch_scalars(const Params& p, const Tokens& t) {
+  Scalars x = {};
+  if (lane_index() < t.count) {
+    const char* at = row_at(p.args.beta, t.batch, t.token + lane_index(), t.head);
+    x.beta = load_element(at, 0, p.args.beta.dtype);
+  }
+  if (p.args.gate != MATE_GATE_LOG_DECAY) {
+    x.A_log = p.args.A_log[t.head];
+    MATE_UNROLL
+    for (int c = 0; c < kLane; ++c) {
+      x.dt_bias[c] = p.args.dt_bias[t.head * kDim + lane_channel() + c];
     }
   }
-  shared.beta[t.first + i] = b;
+  return x;
+}
+
+MATE_DEVICE void store_beta(const Params& p, const Tokens& t, float b, PrepareShared& shared) {
+  if (lane_index() >= kBlock) return;
+  if (p.args.flags & MATE_BETA_SIGMOID) {
+    b = sigmoid(b) * (p.args.flags & MATE_NEG_EIGVAL ? 2.0f : 1.0f);
+  }
+  shared.beta[t.first + lane_index()] = lane_index() < t.count ? b : 0.0f;
 }
 
 // ---- norms --------------------------------------------------------------------------------------
 
-// What the rows of q and k are to be multiplied by: two lanes a row.
+// Sums of squares of the tile's rows of q and k, to where the norms will be. bf16 by products of
+// the tile with itself, which are exact; fp16 row by row, two lanes a row.
+MATE_DEVICE void sum_squares_bf16(const Tokens& t, const TileShared& tile, PrepareShared& shared) {
+  const Tile<kDim> q{tile.q}, k{tile.k};
+  FragC qq = {}, kk = {};
+  MATE_UNROLL
+  for (int i = 0; i < kDim; i += kBlock) {
+    multiply(qq, load_a(q, 0, i), load_b_columns(q, 0, i));
+    multiply(kk, load_a(k, 0, i), load_b_columns(k, 0, i));
+  }
+  MATE_UNROLL
+  for (int v = 0; v < 8; ++v) {
+    if (row_of(v) != column_of(v)) continue;
+    shared.q_norm[t.first + row_of(v)] = qq.x[v];
+    shared.k_norm[t.first + row_of(v)] = kk.x[v];
+  }
+}
+
+MATE_DEVICE void sum_squares_fp16(const Tokens& t, const TileShared& tile, PrepareShared& shared) {
+  const int row = lane_index() / 2, half = lane_index() % 2;
+  float qq = 0.0f, kk = 0.0f;
+  MATE_NO_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const int column = half * 64 + (i ^ half * 4) * 8;  // the halves meet different banks
+    const Eight q = *reinterpret_cast<const Eight*>(Tile<kDim>{tile.q}.at(row, column));
+    const Eight k = *reinterpret_cast<const Eight*>(Tile<kDim>{tile.k}.at(row, column));
+    MATE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const Pair a = unpack<MATE_FLOAT16>(q.x[j]), b = unpack<MATE_FLOAT16>(k.x[j]);
+      qq += a.x * a.x;
+      qq += a.y * a.y;
+      kk += b.x * b.x;
+      kk += b.y * b.y;
+    }
+  }
+  qq += shuffle_xor(qq, 1);
+  kk += shuffle_xor(kk, 1);
+  if (half == 0) {
+    shared.q_norm[t.first + row] = qq;
+    shared.k_norm[t.first + row] = kk;
+  }
+}
+
+// What the rows of q and k are to be multiplied by.
 template <int32_t kDtype>
 MATE_DEVICE void find_norms(const Params& p, const Tokens& t, PrepareShared& shared) {
-  const int row = lane_index() / 2, half = lane_index() % 2;
-  float q_norm = p.args.scale, k_norm = 1.0f;
-  if (p.args.flags & MATE_L2NORM) {
-    const TileShared& tile = shared.tile[thread_index() / 32];
-    float qq = 0.0f, kk = 0.0f;
-    MATE_NO_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const int column = half * 64 + (i ^ half * 4) * 8;  // the halves meet different banks
-      const Eight q = *reinterpret_cast<const Eight*>(Tile<kDim>{tile.q}.at(row, column));
-      const Eight k = *reinterpret_cast<const Eight*>(Tile<kDim>{tile.k}.at(row, column));
-      MATE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const Pair a = unpack<kDtype>(q.x[j]), b = unpack<kDtype>(k.x[j]);
-        qq += a.x * a.x;
-        qq += a.y * a.y;
-        kk += b.x * b.x;
-        kk += b.y * b.y;
-      }
+  const bool normalise = p.args.flags & MATE_L2NORM;
+  const TileShared& tile = shared.tile[t.first / kBlock];
+  if (normalise) {
+    if (kDtype == MATE_BFLOAT16) {
+      sum_squares_bf16(t, tile, shared);
+    } else {
+      sum_squares_fp16(t, tile, shared);
     }
-    qq += shuffle_xor(qq, 1);
-    kk += shuffle_xor(kk, 1);
-    q_norm *= fast_rsqrt(qq + kNormEps);
-    k_norm = fast_rsqrt(kk + kNormEps);
+    MATE_WARP_BARRIER();
   }
-  if (half == 0) {
-    shared.q_norm[t.first + row] = q_norm;
-    shared.k_norm[t.first + row] = k_norm;
-  }
+  if (lane_index() >= kBlock) return;
+  float &q = shared.q_norm[t.first + lane_index()], &k = shared.k_norm[t.first + lane_index()];
+  q = normalise ? p.args.scale * fast_rsqrt(q + kNormEps) : p.args.scale;
+  k = normalise ? fast_rsqrt(k + kNormEps) : 1.0f;
 }
 
 // ---- log-decays ---------------------------------------------------------------------------------
@@ -162,14 +207,13 @@ template <int kGate>
 struct Gate {
   float rate, bias[kLane], bound;
 
-  MATE_DEVICE Gate(const Params& p, int64_t head) {
+  MATE_DEVICE Gate(const Params& p, const Scalars& x) {
     if (kGate == MATE_GATE_LOG_DECAY) return;
-    rate = fast_exp2(kLog2e * p.args.A_log[head]) * -kLog2e;
+    rate = fast_exp2(kLog2e * x.A_log) * -kLog2e;
     bound = fmaxf(p.args.lower_bound * kLog2e, kErased);
     MATE_UNROLL
     for (int c = 0; c < kLane; ++c) {
-      bias[c] = p.args.dt_bias[head * kDim + lane_channel() + c];
-      if (kGate == MATE_GATE_BOUNDED) bias[c] *= rate;
+      bias[c] = kGate == MATE_GATE_BOUNDED ? x.dt_bias[c] * rate : x.dt_bias[c];
     }
   }
 
@@ -185,8 +229,8 @@ struct Gate {
 };
 
 template <int32_t kDtype, int kGate>
-MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, TileShared& tile) {
-  const Gate<kGate> gate(p, t.head);
+MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, TileShared& tile) {
+  const Gate<kGate> gate(p, x);
   const bool wide = p.args.g.dtype == MATE_FLOAT32;
   Four sum = {};
   MATE_NO_UNROLL
@@ -215,10 +259,11 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, TileShared& tile) {
 
 // The tile's sums from its first token on, to shared memory; those over the whole tile come back.
 template <int32_t kDtype>
-MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, TileShared& tile) {
-  if (p.args.gate == MATE_GATE_BOUNDED) return sum_gates<kDtype, MATE_GATE_BOUNDED>(p, t, tile);
-  if (p.args.gate == MATE_GATE_SOFTPLUS) return sum_gates<kDtype, MATE_GATE_SOFTPLUS>(p, t, tile);
-  return sum_gates<kDtype, MATE_GATE_LOG_DECAY>(p, t, tile);
+MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, TileShared& tile) {
+  if (p.args.gate == MATE_GATE_BOUNDED) return sum_gates<kDtype, MATE_GATE_BOUNDED>(p, t, x, tile);
+  if (p.args.gate == MATE_GATE_SOFTPLUS)
+    return sum_gates<kDtype, MATE_GATE_SOFTPLUS>(p, t, x, tile);
+  return sum_gates<kDtype, MATE_GATE_LOG_DECAY>(p, t, x, tile);
 }
 
 }  // namespace gpu

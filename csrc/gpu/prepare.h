@@ -223,6 +223,7 @@ prepare(const Params p) {
   TileShared& tile = shared.tile[warp];
   Operands& out = p.operands[block_index()];
 
+  const Scalars scalars = fetch_scalars(p, t);
   if (p.args.g.dtype == MATE_FLOAT32) {
     fetch_g32(p, t, tile);
   } else {
@@ -233,14 +234,14 @@ prepare(const Params p) {
   fetch_rows(p.args.q, p.q_aligned, t, head_qk, Tile<kDim>{tile.q});
   fetch_rows(p.args.k, p.k_aligned, t, head_qk, Tile<kDim>{tile.k});
   copy_commit();
-  fetch_beta(p, t, shared);
   copy_wait<1>();
   MATE_WARP_BARRIER();
-  const Four total = sum_gates<kDtype>(p, t, tile);
+  const Four total = sum_gates<kDtype>(p, t, scalars, tile);
   store_four(&shared.total[warp][lane_channel()], total);
   copy_wait<0>();
   MATE_WARP_BARRIER();
   find_norms<kDtype>(p, t, shared);
+  store_beta(p, t, scalars.beta, shared);
   MATE_BARRIER();
 
   const bool by_pairs = any_below(total, kSafe);
