@@ -9,21 +9,6 @@
 namespace mate {
 namespace gpu {
 
-// A left operand in two bf16 terms.
-struct TwoTerms {
-  FragA high, low;
-};
-MATE_DEVICE TwoTerms in_two_terms(const FragC& c, uint16_t* scratch) {
-  FragC rest;
-  MATE_UNROLL
-  for (int v = 0; v < 8; v += 2) {
-    const uint32_t high = pack_bf16(c.x[v], c.x[v + 1]);
-    rest.x[v] = c.x[v] - from_bits(high << 16);
-    rest.x[v + 1] = c.x[v + 1] - from_bits(high & 0xffff0000u);
-  }
-  return {to_operand(c, scratch), to_operand(rest, scratch)};
-}
-
 struct WarpProducts {
   MATE_DEVICE static void begin() {}
   MATE_DEVICE static void commit() {}
@@ -33,59 +18,68 @@ struct WarpProducts {
   template <class Fragments>
   MATE_DEVICE static void settle(Fragments&) {}
 
-  // C[t][m][n] (+)= sum over k of A[m][k] in[16 t + n][column + k]
-  using In = Panels<2 * kChunk>;
-  MATE_DEVICE static void columns(FragC (&c)[8], bool add, const FragA& a, const In& in,
-                                  int column) {
+  struct Memory {  // what the operands below lie in
+    MATE_DEVICE explicit Memory(const void*) {}
+  };
+
+  // C[t][m][n] = sum over i, k of A[i][m][k] in[16 t + n][16 i + k]; `in`: Panels<2 * kChunk>
+  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* in,
+                                  const Memory&) {
     MATE_UNROLL
-    for (int t = 0; t < 8; ++t) {
-      if (!add) c[t] = FragC{};
-      multiply(c[t], a, load_b_columns(in, t * kBlock, column));
+    for (int t = 0; t < 8; ++t) c[t] = FragC{};
+    MATE_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      MATE_UNROLL
+      for (int t = 0; t < 8; ++t) {
+        multiply(c[t], a[k], load_b_columns(Panels<2 * kChunk>{in}, t * kBlock, k * kBlock));
+      }
     }
   }
 
-  // C = the same of all columns, with matrices of lower tiles: `kMatrices` of them tile column by
-  // tile column, 4 tiles of each. The tiles above the diagonal are zeros if kWholeMatrices, else
-  // never read.
+  // C = the same with the sum of `kMatrices` matrices of lower tiles, tile column by tile column, 4
+  // tiles of each. The tiles above the diagonal are zeros if kWholeMatrices, else never read.
   static constexpr bool kWholeMatrices = false;
   template <int kMatrices>
-  MATE_DEVICE static void lower(FragC (&c)[4], const FragA (&a)[4], const uint16_t* tiles) {
+  MATE_DEVICE static void lower(FragC (&c)[4], const FragA (&a)[4], const uint16_t* tiles,
+                                const Memory&) {
+    MATE_UNROLL
+    for (int t = 0; t < 4; ++t) c[t] = FragC{};
     MATE_UNROLL
     for (int k = 0; k < 4; ++k) {
       MATE_UNROLL
       for (int i = 0; i < kMatrices; ++i) {
         const Tile<kBlock> column{tiles + (k * kMatrices + i) * 4 * kTileSize};
         MATE_UNROLL
-        for (int t = k; t < 4; ++t) {
-          if (k == 0 && i == 0) c[t] = FragC{};
-          multiply(c[t], a[k], load_b_columns(column, t * kBlock, 0));
-        }
+        for (int t = k; t < 4; ++t) multiply(c[t], a[k], load_b_columns(column, t * kBlock, 0));
       }
     }
   }
 
-  // A product with T in two terms.
+  // The result of lower<2>.
   struct Corrected {
     FragC c[4];
     MATE_DEVICE FragC tile(int t) const { return c[t]; }
   };
-  MATE_DEVICE static void correct(Corrected& x, const FragA (&a)[4], const uint16_t* T) {
-    lower<2>(x.c, a, T);
-  }
 
-  // C[t][m][n] += sum over k of A[m][k] out[row + k][16 t + n]
-  using Out = Panels<kChunk>;
-  MATE_DEVICE static void rows(FragC (&c)[8], const TwoTerms& a, const Out& out, int row) {
+  // C[t][m][n] += sum over i, k of A[i][m][k] out[16 i + k][16 t + n], where A = high + low, the
+  // latter formed by form_low(); `out`: Panels<kChunk>
+  template <class FormLow>
+  MATE_DEVICE static void rows(FragC (&c)[8], const FragA (&high)[4], FragA (&low)[4],
+                               const FormLow& form_low, const uint16_t* out, const Memory&) {
+    form_low();
     MATE_UNROLL
-    for (int first = 0; first < 8; first += 4) {  // independent products between those that are not
-      FragB b[4];
+    for (int i = 0; i < 4; ++i) {
       MATE_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        b[t] = load_b_rows(out, row, (first + t) * kBlock);
-        multiply(c[first + t], a.low, b[t]);
+      for (int first = 0; first < 8; first += 4) {  // independent ones between those that are not
+        FragB b[4];
+        MATE_UNROLL
+        for (int t = 0; t < 4; ++t) {
+          b[t] = load_b_rows(Panels<kChunk>{out}, i * kBlock, (first + t) * kBlock);
+          multiply(c[first + t], low[i], b[t]);
+        }
+        MATE_UNROLL
+        for (int t = 0; t < 4; ++t) multiply(c[first + t], high[i], b[t]);
       }
-      MATE_UNROLL
-      for (int t = 0; t < 4; ++t) multiply(c[first + t], a.high, b[t]);
     }
   }
 };

@@ -210,19 +210,6 @@ MATE_DEVICE Pair decay_at(const float* decay, int v) {
   return {decay[column_of(v)], decay[column_of(v + 1)]};
 }
 
-// What the state holds for the chunk's keys, S^T k_in^T, and for its queries, S^T q_in^T.
-template <class Products>
-MATE_DEVICE void read_state(const StageOperands& in, const State& s, FragA (&state)[kKeyTiles],
-                            FragC (&held)[2 * kTokenTiles], uint16_t* scratch) {
-  MATE_UNROLL
-  for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], scratch);
-  const typename Products::In rows{in.in};
-  Products::begin();
-  MATE_UNROLL
-  for (int k = 0; k < kKeyTiles; ++k) Products::columns(held, k > 0, state[k], rows, k * kBlock);
-  Products::commit();
-}
-
 MATE_DEVICE void decay_state(const StageOperands& in, State& s) {
   MATE_UNROLL
   for (int k = 0; k < kKeyTiles; ++k) {
@@ -235,37 +222,43 @@ MATE_DEVICE void decay_state(const StageOperands& in, State& s) {
   }
 }
 
-// V'^T = (V^T - held) T^T
-template <class Products, int32_t kDtype, int kSlice>
-MATE_DEVICE void correct(const Stage<kSlice>& stage, int channel, FragC (&held)[2 * kTokenTiles],
-                         FragA (&error)[kTokenTiles], typename Products::Corrected& corrected,
-                         uint16_t* scratch) {
+// A warp's channels of v, as they came.
+struct Values {
+  uint32_t both[kTokenTiles][4];
+};
+template <int kSlice>
+MATE_DEVICE Values load_values(const Stage<kSlice>& stage, int channel) {
+  Values v;
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
-    uint32_t both[4];
-    load_c_columns(both, Tile<kSlice>{stage.values}, t * kBlock, channel);
-    MATE_UNROLL
-    for (int v = 0; v < 8; v += 2) {
-      const Pair x = unpack<kDtype>(both[v / 2]);
-      held[t].x[v] = x.x - held[t].x[v];
-      held[t].x[v + 1] = x.y - held[t].x[v + 1];
-    }
-    error[t] = to_operand(held[t], scratch);
+    load_c_columns(v.both[t], Tile<kSlice>{stage.values}, t * kBlock, channel);
   }
-  Products::begin();
-  Products::correct(corrected, error, stage.operands.T[0][0]);
-  Products::commit();
+  return v;
 }
 
-// S^T += V'^T k_out. What writes the state may not be rounded to bf16, because the error goes where
-// no later delta corrects it: V' in two terms.
-template <class Products>
-MATE_DEVICE void write_state(const StageOperands& in, const TwoTerms (&corrected)[kTokenTiles],
-                             State& s) {
-  const typename Products::Out k_out{in.k_out};
+// V - held
+template <int32_t kDtype>
+MATE_DEVICE FragA form_error(const uint32_t (&both)[4], const FragC& held, uint16_t* scratch) {
+  FragC error;
   MATE_UNROLL
-  for (int t = 0; t < kTokenTiles; ++t) Products::rows(s.tile, corrected[t], k_out, t * kBlock);
-  Products::commit();
+  for (int v = 0; v < 8; v += 2) {
+    const Pair x = unpack<kDtype>(both[v / 2]);
+    error.x[v] = x.x - held.x[v];
+    error.x[v + 1] = x.y - held.x[v + 1];
+  }
+  return to_operand(error, scratch);
+}
+
+// What a bf16 operand leaves out.
+MATE_DEVICE FragA form_rest(const FragC& c, uint16_t* scratch) {
+  FragC rest;
+  MATE_UNROLL
+  for (int v = 0; v < 8; v += 2) {
+    const uint32_t high = pack_bf16(c.x[v], c.x[v + 1]);
+    rest.x[v] = c.x[v] - from_bits(high << 16);
+    rest.x[v + 1] = c.x[v + 1] - from_bits(high & 0xffff0000u);
+  }
+  return to_operand(rest, scratch);
 }
 
 // O^T = held + V'^T P^T, to where v was.
@@ -358,33 +351,54 @@ MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   copy_commit();
 }
 
-// The 16 value channels from `channel` of the slice on.
+// The 16 value channels from `channel` of the slice on:
+//   held = S^T [k_in^T q_in^T];  V'^T = (V^T - held_k) T^T
+//   O^T = held_q + V'^T P^T;     S^T <- S^T Diag(decay) + V'^T k_out
+// What writes the state may not be rounded to bf16, because the error goes where no later delta
+// corrects it: V' in two terms.
 template <int32_t kDtype, int kSlice>
 MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage, int channel,
                             State& s, uint16_t* scratch) {
   using Products = typename Crew<kSlice>::Products;
-  FragA state[kKeyTiles], error[kTokenTiles], own[kTokenTiles];
+  const StageOperands& in = stage.operands;
+  const typename Products::Memory memory{&in};
+  FragA state[kKeyTiles], error[kTokenTiles], high[kTokenTiles], low[kTokenTiles];
   FragC held[2 * kTokenTiles], added[kTokenTiles];
-  typename Products::Corrected sum;
-  TwoTerms corrected[kTokenTiles];
-  read_state<Products>(stage.operands, s, state, held, scratch);
+  typename Products::Corrected corrected;
+
+  MATE_UNROLL
+  for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], scratch);
+  decay_state(in, s);
+  Products::begin();
+  Products::columns(held, state, in.in, memory);
+  Products::commit();
+  const Values values = load_values(stage, channel);
   Products::template wait<0>();
   Products::settle(state);
   Products::settle(held);
-  correct<Products, kDtype>(stage, channel, held, error, sum, scratch);
-  decay_state(stage.operands, s);
-  Products::template wait<0>();
-  Products::settle(error);
-  Products::settle(sum);
+
   MATE_UNROLL
   for (int t = 0; t < kTokenTiles; ++t) {
-    corrected[t] = in_two_terms(sum.tile(t), scratch);
-    own[t] = corrected[t].high;
+    error[t] = form_error<kDtype>(values.both[t], held[t], scratch);
   }
   Products::begin();
-  Products::template lower<1>(added, own, stage.operands.P[0]);
+  Products::template lower<2>(corrected.c, error, in.T[0][0], memory);
   Products::commit();
-  write_state<Products>(stage.operands, corrected, s);
+  Products::template wait<0>();
+  Products::settle(error);
+  Products::settle(corrected);
+
+  MATE_UNROLL
+  for (int t = 0; t < kTokenTiles; ++t) high[t] = to_operand(corrected.tile(t), scratch);
+  const auto form_low = [&] {
+    MATE_UNROLL
+    for (int t = 0; t < kTokenTiles; ++t) low[t] = form_rest(corrected.tile(t), scratch);
+  };
+  Products::begin();
+  Products::template lower<1>(added, high, in.P[0], memory);
+  Products::commit();
+  Products::rows(s.tile, high, low, form_low, in.k_out, memory);
+  Products::commit();
   Products::template wait<1>();  // for the output; the state is still being written
   Products::settle(added);
   keep_output<kDtype>(held, added, stage, channel);
@@ -392,7 +406,8 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens, p.output_aligned);
   Products::template wait<0>();
   Products::settle(s.tile);
-  Products::settle(corrected);
+  Products::settle(high);
+  Products::settle(low);
 }
 
 template <int32_t kDtype, int kSlice, int kStages>

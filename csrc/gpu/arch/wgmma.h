@@ -7,20 +7,28 @@
 namespace mate {
 namespace gpu {
 
-// Where a right operand of 16 x 64 lies: rows of 128 bytes, or of 32, in groups of 8. The lanes of
-// a warp agree on it, which the compiler is told once per matrix.
+// Where a right operand lies: rows of 128 bytes, or of 32, in groups of 8.
 struct Place {
-  uint32_t address;  // in pieces of 16 bytes
-  uint32_t layout;   // from one group to the next, and how rows are permuted
+  uint32_t address, layout;
 
-  // `panel`: bytes from one panel to the next, where an operand has two
-  MATE_DEVICE static Place of(const uint16_t* matrix, uint32_t layout, uint32_t panel = 16) {
-    const uint32_t address = (shared_address(matrix) & 0x3ffffu) >> 4 | panel >> 4 << 16;
-    return {__shfl_sync(0xffffffffu, address, 0), layout};
-  }
-  // `elements` on
   MATE_DEVICE uint64_t at(int elements) const {
     return static_cast<uint64_t>(layout) << 32 | (address + elements / 8);
+  }
+};
+
+// A piece of shared memory with operands at places known to the compiler. All lanes of a warp agree
+// on where it is, which the compiler is told once.
+struct OperandMemory {
+  const void* data;
+  uint32_t address;  // in units of 16 bytes
+
+  MATE_DEVICE explicit OperandMemory(const void* data)
+      : data(data), address(__shfl_sync(0xffffffffu, (shared_address(data) & 0x3ffffu) >> 4, 0)) {}
+
+  // `panel`: bytes from one panel to the next, where an operand has two
+  MATE_DEVICE Place at(const uint16_t* matrix, uint32_t layout, uint32_t panel = 16) const {
+    const auto offset = reinterpret_cast<const char*>(matrix) - static_cast<const char*>(data);
+    return {address + static_cast<uint32_t>(offset) / 16 + (panel >> 4 << 16), layout};
   }
 };
 // Bytes from one group to the next in units of 16, and the code of the permutation.
@@ -87,28 +95,25 @@ struct GroupProducts {
     for (int i = 0; i < kCount * 4; ++i) asm volatile("" : "+r"(a[i / 4].x[i % 4])::"memory");
   }
 
-  template <int kCount>
-  MATE_DEVICE static void settle(TwoTerms (&a)[kCount]) {
-    MATE_UNROLL
-    for (int i = 0; i < kCount * 4; ++i) {
-      asm volatile("" : "+r"(a[i / 4].high.x[i % 4]), "+r"(a[i / 4].low.x[i % 4])::"memory");
-    }
-  }
+  using Memory = OperandMemory;
 
-  struct In {
-    Place place;
-    MATE_DEVICE explicit In(const uint16_t* data) : place(Place::of(data, kRowsOf128)) {}
-  };
-  MATE_DEVICE static void columns(FragC (&c)[8], bool add, const FragA& a, const In& in,
-                                  int column) {
-    const int offset = column / kPanel * 2 * kChunk * kPanel + column % kPanel;
-    group_multiply<0>(c, add, a, in.place.at(offset));
+  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* in,
+                                  const Memory& memory) {
+    const Place place = memory.at(in, kRowsOf128);
+    MATE_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const int column = k * kBlock;
+      const int offset = column / kPanel * 2 * kChunk * kPanel + column % kPanel;
+      group_multiply<0>(c, k > 0, a[k], place.at(offset));
+    }
   }
 
   static constexpr bool kWholeMatrices = true;
   template <int kMatrices, int kTiles>
-  MATE_DEVICE static void lower(FragC (&c)[kTiles], const FragA (&a)[4], const uint16_t* tiles) {
-    const Place place = Place::of(tiles, kRowsOf32);
+  MATE_DEVICE static void lower(FragC (&c)[kTiles], const FragA (&a)[4], const uint16_t* tiles,
+                                const Memory& memory) {
+    static_assert(kTiles == 4 * kMatrices, "a sum for each matrix");
+    const Place place = memory.at(tiles, kRowsOf32);
     MATE_UNROLL
     for (int k = 0; k < 4; ++k) {
       group_multiply<0>(c, k > 0, a[k], place.at(k * kTiles * kTileSize));
@@ -124,20 +129,22 @@ struct GroupProducts {
       return sum;
     }
   };
-  MATE_DEVICE static void correct(Corrected& x, const FragA (&a)[4], const uint16_t* T) {
-    lower<2>(x.c, a, T);
-  }
   MATE_DEVICE static void settle(Corrected& x) { settle(x.c); }
 
-  struct Out {
-    Place place;
-    MATE_DEVICE explicit Out(const uint16_t* data)
-        : place(Place::of(data, kRowsOf128, kChunk * kPanel * 2)) {}
-  };
-  MATE_DEVICE static void rows(FragC (&c)[8], const TwoTerms& a, const Out& out, int row) {
-    const uint64_t b = out.place.at(row * kPanel);
-    group_multiply<1>(c, true, a.low, b);
-    group_multiply<1>(c, true, a.high, b);
+  template <class FormLow>
+  MATE_DEVICE static void rows(FragC (&c)[8], const FragA (&high)[4], FragA (&low)[4],
+                               const FormLow& form_low, const uint16_t* out, const Memory& memory) {
+    const Place place = memory.at(out, kRowsOf128, kChunk * kPanel * 2);
+    MATE_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      group_multiply<1>(c, true, high[t], place.at(t * kBlock * kPanel));
+    }
+    form_low();  // while these are under way
+    begin();
+    MATE_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      group_multiply<1>(c, true, low[t], place.at(t * kBlock * kPanel));
+    }
   }
 };
 
