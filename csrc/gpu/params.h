@@ -26,10 +26,11 @@ MATE_DEVICE constexpr int lower_tile(int row, int column) {
   return column * (2 * kTokenTiles + 1 - column) / 2 + row - column;
 }
 
+constexpr int kOperandRows = 3 * kChunk;
+
 // Of one chunk and head, as `scan` wants it in shared memory; see prepare.h for what it holds.
 struct alignas(16) Operands {
-  uint16_t in[2 * kChunk * kDim];  // k_in, then q_in below it: Panels<2 * kChunk>
-  uint16_t k_out[kChunk * kDim];   // Panels<kChunk>
+  uint16_t rows[kOperandRows * kDim];  // k_in, q_in, k_out one below another
   uint16_t T_low[kLowerSize], T_high[kLowerSize], P[kLowerSize];
   float decay[kDim];
 };

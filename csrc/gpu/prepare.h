@@ -55,6 +55,7 @@ MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareSha
       extra_q{shared.extra[1]};
   const Columns near_columns{tile.columns[0].near}, far_columns{tile.columns[0].far};
   const int channel = lane_channel();
+  const Tile<kPanel> panel = OperandRows{out.rows}.panel(channel);
   MATE_NO_UNROLL
   for (int step = 0; step < kBlock / kStep; ++step) {
     const int first = step * kStep;
@@ -85,10 +86,10 @@ MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareSha
         store_bf16(far_columns.at(i, channel), k_in * far);
         store_bf16(extra_q.at(i, channel), q_in * far);
       }
-      const Panels<2 * kChunk> rows_in{out.in};
-      store_bf16(rows_in.at(t.first + i, channel), k_in * before);
-      store_bf16(rows_in.at(kChunk + t.first + i, channel), q_in * before);
-      store_bf16(Panels<kChunk>{out.k_out}.at(t.first + i, channel), k_out * after);
+      uint16_t* row = panel.at(t.first + i, channel % kPanel);
+      store_bf16(row, k_in * before);
+      store_bf16(row + kChunk * kPanel, q_in * before);
+      store_bf16(row + 2 * kChunk * kPanel, k_out * after);
     }
   }
 }

@@ -22,8 +22,8 @@ struct WarpProducts {
     MATE_DEVICE explicit Memory(const void*) {}
   };
 
-  // C[t][m][n] = sum over i, k of A[i][m][k] in[16 t + n][16 i + k]; `in`: Panels<2 * kChunk>
-  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* in,
+  // C[t][m][n] = sum over i, k of A[i][m][k] operands[16 t + n][16 i + k]; `operands`: OperandRows
+  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* operands,
                                   const Memory&) {
     MATE_UNROLL
     for (int t = 0; t < 8; ++t) c[t] = FragC{};
@@ -31,7 +31,7 @@ struct WarpProducts {
     for (int k = 0; k < 8; ++k) {
       MATE_UNROLL
       for (int t = 0; t < 8; ++t) {
-        multiply(c[t], a[k], load_b_columns(Panels<2 * kChunk>{in}, t * kBlock, k * kBlock));
+        multiply(c[t], a[k], load_b_columns(OperandRows{operands}, t * kBlock, k * kBlock));
       }
     }
   }
@@ -61,11 +61,12 @@ struct WarpProducts {
     MATE_DEVICE FragC tile(int t) const { return c[t]; }
   };
 
-  // C[t][m][n] += sum over i, k of A[i][m][k] out[16 i + k][16 t + n], where A = high + low, the
-  // latter formed by form_low(); `out`: Panels<kChunk>
+  // C[t][m][n] += sum over i, k of A[i][m][k] operands[row + 16 i + k][16 t + n], where A = high +
+  // low, the latter formed by form_low()
   template <class FormLow>
   MATE_DEVICE static void rows(FragC (&c)[8], const FragA (&high)[4], FragA (&low)[4],
-                               const FormLow& form_low, const uint16_t* out, const Memory&) {
+                               const FormLow& form_low, const uint16_t* operands, int row,
+                               const Memory&) {
     form_low();
     MATE_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -74,7 +75,7 @@ struct WarpProducts {
         FragB b[4];
         MATE_UNROLL
         for (int t = 0; t < 4; ++t) {
-          b[t] = load_b_rows(Panels<kChunk>{out}, i * kBlock, (first + t) * kBlock);
+          b[t] = load_b_rows(OperandRows{operands}, row + i * kBlock, (first + t) * kBlock);
           multiply(c[first + t], low[i], b[t]);
         }
         MATE_UNROLL

@@ -17,7 +17,7 @@ namespace gpu {
 // Operands in shared memory: of T and P with room for the tiles above the diagonal, and the terms
 // of T side by side.
 struct StageOperands {
-  uint16_t in[2 * kChunk * kDim], k_out[kChunk * kDim];
+  uint16_t rows[kOperandRows * kDim];
   uint16_t T[kTokenTiles][2][kTokenTiles * kTileSize];  // {tile column, term}: low, high
   uint16_t P[kTokenTiles][kTokenTiles * kTileSize];
   float decay[kDim];
@@ -74,7 +74,7 @@ MATE_DEVICE void copy_lower(uint16_t* to, int column, const uint16_t* from, int 
 
 template <int kThreads>
 MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, int copier) {
-  constexpr int kPieces = 3 * kChunk * kDim / 8;  // in, k_out
+  constexpr int kPieces = kOperandRows * kDim / 8;
   static_assert(kPieces % kThreads == 0, "all copy as many");
   char* target = reinterpret_cast<char*>(&to) + copier * 16;
   const char* source = reinterpret_cast<const char*>(&from) + copier * 16;
@@ -88,7 +88,7 @@ MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, int copi
 // The same by one thread.
 MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival& arrival) {
   expect_bytes(arrival, sizeof(Operands));
-  copy_bulk(to.in, from.in, sizeof(from.in) + sizeof(from.k_out), arrival);
+  copy_bulk(to.rows, from.rows, sizeof(from.rows), arrival);
   copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
   MATE_UNROLL
   for (int j = 0; j < kTokenTiles; ++j) {
@@ -341,12 +341,13 @@ MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   using Crew = Crew<kSlice>;
   const int copier = thread_index() - Crew::kFirstCopier;
   if (rest.chunks > 0 && copier >= 0) {
+    copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
     if (!kBulkCopies) {
       copy_operands<Crew::kCopiers>(stage.operands, *rest.operands, copier);
     } else if (copier == 0) {
       copy_operands(stage.operands, *rest.operands, arrival);
+      if (rest.chunks > 1) prefetch_bulk(rest.operands + p.args.heads_v, sizeof(Operands));
     }
-    copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
   }
   copy_commit();
 }
@@ -370,7 +371,7 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   for (int k = 0; k < kKeyTiles; ++k) state[k] = to_operand(s.tile[k], scratch);
   decay_state(in, s);
   Products::begin();
-  Products::columns(held, state, in.in, memory);
+  Products::columns(held, state, in.rows, memory);
   Products::commit();
   const Values values = load_values(stage, channel);
   Products::template wait<0>();
@@ -397,7 +398,7 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   Products::begin();
   Products::template lower<1>(added, high, in.P[0], memory);
   Products::commit();
-  Products::rows(s.tile, high, low, form_low, in.k_out, memory);
+  Products::rows(s.tile, high, low, form_low, in.rows, 2 * kChunk, memory);
   Products::commit();
   Products::template wait<1>();  // for the output; the state is still being written
   Products::settle(added);

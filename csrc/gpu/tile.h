@@ -18,7 +18,7 @@ struct Tile {
 
   MATE_DEVICE static unsigned place(unsigned row, unsigned column) {
     const unsigned turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
-    return row * kStride + (column / 8 ^ turn) * 8 + column % 8;
+    return row * kStride + (column ^ turn * 8);
   }
   MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
     return data + place(row, column);
@@ -51,6 +51,8 @@ struct Panels {
     return panel(column).in_block(row, column % kPanel, r, c);
   }
 };
+
+using OperandRows = Panels<kOperandRows>;
 
 struct alignas(16) Eight {
   uint32_t x[4];  // 16-bit numbers, two in each

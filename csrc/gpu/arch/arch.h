@@ -16,7 +16,8 @@
 //   copy_async, copy_commit, copy_wait<N>           16 bytes to shared memory, in groups
 //   copy_async_at<kOffset>                          so many bytes on, on both sides
 //   kBulkCopies                                     whether one thread can copy for all:
-//   Arrival, prepare_arrival(x), expect_bytes(x, n), copy_bulk(to, from, n, x), wait_arrival(x, i)
+//   Arrival, prepare_arrival(x), expect_bytes(x, n), copy_bulk(to, from, n, x), wait_arrival(x, i),
+//   prefetch_bulk(from, n)
 //   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits
 //   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
 //   launch, multiprocessors, shared_limit, last_error   on the host

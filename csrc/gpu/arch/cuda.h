@@ -106,6 +106,10 @@ MATE_DEVICE void copy_bulk(void* to, const void* from, int bytes, Arrival& x) {
       "l"(from), "r"(bytes), "r"(shared_address(&x))
       : "memory");
 }
+// Into the L2 cache.
+MATE_DEVICE void prefetch_bulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 MATE_DEVICE void wait_arrival(Arrival& x, int times) {
   asm volatile(
       "{.reg .pred done; again: "
@@ -119,6 +123,7 @@ constexpr bool kBulkCopies = false;
 MATE_DEVICE void prepare_arrival(Arrival&) {}
 MATE_DEVICE void expect_bytes(Arrival&, int) {}
 MATE_DEVICE void copy_bulk(void*, const void*, int, Arrival&) {}
+MATE_DEVICE void prefetch_bulk(const void*, int) {}
 MATE_DEVICE void wait_arrival(Arrival&, int) {}
 #endif
 

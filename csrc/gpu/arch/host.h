@@ -103,6 +103,7 @@ constexpr bool kBulkCopies = false;
 inline void prepare_arrival(Arrival&) {}
 inline void expect_bytes(Arrival&, int) {}
 inline void copy_bulk(void*, const void*, int, Arrival&) {}
+inline void prefetch_bulk(const void*, int) {}
 inline void wait_arrival(Arrival&, int) {}
 
 inline float shuffle_xor(float x, int mask) {

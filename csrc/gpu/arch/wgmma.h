@@ -97,13 +97,13 @@ struct GroupProducts {
 
   using Memory = OperandMemory;
 
-  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* in,
+  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* operands,
                                   const Memory& memory) {
-    const Place place = memory.at(in, kRowsOf128);
+    const Place place = memory.at(operands, kRowsOf128);
     MATE_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int column = k * kBlock;
-      const int offset = column / kPanel * 2 * kChunk * kPanel + column % kPanel;
+      const int offset = column / kPanel * kOperandRows * kPanel + column % kPanel;
       group_multiply<0>(c, k > 0, a[k], place.at(offset));
     }
   }
