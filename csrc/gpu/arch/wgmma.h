@@ -133,8 +133,9 @@ struct GroupProducts {
 
   template <class FormLow>
   MATE_DEVICE static void rows(FragC (&c)[8], const FragA (&high)[4], FragA (&low)[4],
-                               const FormLow& form_low, const uint16_t* out, const Memory& memory) {
-    const Place place = memory.at(out, kRowsOf128, kChunk * kPanel * 2);
+                               const FormLow& form_low, const uint16_t* operands, int row,
+                               const Memory& memory) {
+    const Place place = memory.at(operands + row * kPanel, kRowsOf128, kOperandRows * kPanel * 2);
     MATE_UNROLL
     for (int t = 0; t < 4; ++t) {
       group_multiply<1>(c, true, high[t], place.at(t * kBlock * kPanel));
