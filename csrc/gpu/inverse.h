@@ -6,11 +6,6 @@
 namespace mate {
 namespace gpu {
 
-// x in two terms.
-MATE_DEVICE void store_split(uint16_t* high, uint16_t* low, float x) {
-  *high = to_bf16(x);
-  *low = to_bf16(x - from_bits(uint32_t{*high} << 16));
-}
 MATE_DEVICE void store_T(PrepareShared& shared, int i, int j, int row, int column, float x) {
   store_split(lower_tile(shared.T_high, i, j).at(row, column),
               lower_tile(shared.T_low, i, j).at(row, column), x);

@@ -1,4 +1,5 @@
-// The recurrence over chunks: a block a (sequence, value head, slice of value channels).
+// The recurrence over chunks: a block a (segment of a sequence, value head, slice of value
+// channels).
 //
 // Everything is transposed: a warp owns 16 value channels, and the rows of its accumulators are
 // these. Its slice of the state stays in registers in fp32 for the whole sequence, and each
@@ -44,13 +45,25 @@ MATE_DEVICE void copy_every(void* to, const void* from) {
   }
 }
 
-template <int kThreads>
-MATE_DEVICE void copy_operands(Operands& to, const Operands& from, int copier) {
-  constexpr int kPieces = sizeof(Operands) / 16, kRounds = kPieces / kThreads;
-  char* target = reinterpret_cast<char*>(&to) + copier * 16;
-  const char* source = reinterpret_cast<const char*>(&from) + copier * 16;
+template <int kThreads, int kBytes>
+MATE_DEVICE void copy_image(void* to, const void* from, int copier) {
+  constexpr int kPieces = kBytes / 16, kRounds = kPieces / kThreads;
+  char* target = static_cast<char*>(to) + copier * 16;
+  const char* source = static_cast<const char*>(from) + copier * 16;
   copy_every<kThreads * 16, kRounds>(target, source);
   if (copier < kPieces % kThreads) copy_async_at<kRounds * kThreads * 16>(target, source);
+}
+
+template <int kThreads, bool kOutput>
+MATE_DEVICE void copy_operands(Operands& to, const Operands& from, int copier) {
+  if (kOutput) {
+    copy_image<kThreads, sizeof(Operands)>(&to, &from, copier);
+  } else {  // without q_in and P
+    copy_image<kThreads, sizeof(to.k_in)>(to.k_in, from.k_in, copier);
+    constexpr int kRest = sizeof(to.k_out) + sizeof(to.T_high) + sizeof(to.T_low);
+    copy_image<kThreads, kRest>(to.k_out, from.k_out, copier);
+    copy_image<kThreads, sizeof(to.decay)>(to.decay, from.decay, copier);
+  }
 }
 
 // The slice's columns of v from the first token on; absent ones are zeros.
@@ -99,24 +112,52 @@ MATE_DEVICE void each_element(const Element& element, int value) {
   }
 }
 
-MATE_DEVICE void load_state(const Params& p, const Sequence& sequence, int64_t head, int value,
-                            State& s) {
+// What a part of a sequence begins with, as element(row, key) for each of `each`.
+template <class Each>
+MATE_DEVICE void load_initial(const Params& p, const Sequence& sequence, int64_t head,
+                              const Each& each) {
   const mate_tensor& initial = p.args.initial_state;
   if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
     const float* carry = p.carry_in + head * kDim * kDim;
-    each_element([&](int t, int v, int row, int key) { s.tile[t].x[v] = carry[row * kDim + key]; },
-                 value);
+    each([&](int row, int key) { return carry[row * kDim + key]; });
   } else if (initial.data) {
-    each_element(
-        [&](int t, int v, int row, int key) {
-          int column;
-          const char* from = state_row(p, initial, sequence.index, head, row, key, column);
-          s.tile[t].x[v] = load_element(from, column, initial.dtype);
-        },
-        value);
+    each([&](int row, int key) {
+      int column;
+      const char* from = state_row(p, initial, sequence.index, head, row, key, column);
+      return load_element(from, column, initial.dtype);
+    });
   } else {
-    each_element([&](int t, int v, int, int) { s.tile[t].x[v] = 0.0f; }, value);
+    each([](int, int) { return 0.0f; });
   }
+}
+
+// A slot's state: tile after tile, each as the lanes of a warp hold it.
+MATE_DEVICE float* end_tile(const Params& p, int64_t slot, int64_t head, int row_tile,
+                            int key_tile) {
+  return p.ends + (slot * p.args.heads_v + head) * kDim * kDim +
+         (row_tile * kKeyTiles + key_tile) * kTileSize + lane_index() * 4;
+}
+MATE_DEVICE FragC load_tile(const float* from) {
+  const Four a = load_four(from), b = load_four(from + kTileSize / 2);
+  return {{a.x[0], a.x[1], a.x[2], a.x[3], b.x[0], b.x[1], b.x[2], b.x[3]}};
+}
+MATE_DEVICE void store_tile(float* to, const FragC& c) {
+  store_four(to, {{c.x[0], c.x[1], c.x[2], c.x[3]}});
+  store_four(to + kTileSize / 2, {{c.x[4], c.x[5], c.x[6], c.x[7]}});
+}
+
+MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t head, int value,
+                            State& s) {
+  if (!segment.is_first()) {
+    const float* from = end_tile(p, segment.slot(p) - 1, head, value / kBlock, 0);
+    MATE_UNROLL
+    for (int t = 0; t < kKeyTiles; ++t) s.tile[t] = load_tile(from + t * kTileSize);
+    return;
+  }
+  load_initial(p, segment.sequence, head, [&](const auto& element) {
+    each_element([&](int t, int v, int row, int key) { s.tile[t].x[v] = element(row, key); },
+                 value);
+  });
 }
 
 MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t head, int value,
@@ -176,6 +217,25 @@ MATE_DEVICE void read_state(Operands& in, State& s, FragC (&held)[kTokenTiles],
     MATE_UNROLL
     for (int t = 0; t < kTokenTiles; ++t) {
       multiply(output[t], state, load_b_columns(q_in, t * kBlock, k * kBlock));
+    }
+    MATE_UNROLL
+    for (int v = 0; v < 8; v += 2) {
+      const Pair decay = decay_at(in.decay + k * kBlock, v);
+      s.tile[k].x[v] *= decay.x;
+      s.tile[k].x[v + 1] *= decay.y;
+    }
+  }
+}
+
+// The same of keys alone.
+MATE_DEVICE void read_keys(Operands& in, State& s, FragC (&held)[kTokenTiles], uint16_t* scratch) {
+  const Tile<kDim> k_in{in.k_in};
+  MATE_UNROLL
+  for (int k = 0; k < kKeyTiles; ++k) {
+    const FragA state = to_operand(s.tile[k], scratch);
+    MATE_UNROLL
+    for (int t = 0; t < kTokenTiles; ++t) {
+      multiply(held[t], state, load_b_columns(k_in, t * kBlock, k * kBlock));
     }
     MATE_UNROLL
     for (int v = 0; v < 8; v += 2) {
@@ -284,9 +344,9 @@ MATE_DEVICE void store_output(const Stage<kSlice>& stage, int channel, uint16_t*
   }
 }
 
-// ---- the kernel ---------------------------------------------------------------------------------
+// ---- a segment ----------------------------------------------------------------------------------
 
-// What is left of a sequence in this slab, from some chunk on.
+// What is left of a segment, from some chunk on.
 struct Rest {
   const Operands* operands;
   const uint16_t* v;  // the slice's first channel
@@ -294,17 +354,16 @@ struct Rest {
   int tokens, chunks;
 
   // False if there is nothing to do.
-  MATE_DEVICE bool find(const Params& p, const Sequence& sequence, int64_t head, int channel) {
+  MATE_DEVICE bool find(const Params& p, const Segment& segment, int64_t head, int channel) {
+    const Sequence& sequence = segment.sequence;
     const bool empty = sequence.first_chunk == sequence.end_chunk;
-    const int64_t begin = larger(sequence.first_chunk, p.slab_begin);
-    const int64_t end = sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end;
-    chunks = end > begin ? static_cast<int>(end - begin) : 0;
+    chunks = segment.end > segment.begin ? static_cast<int>(segment.end - segment.begin) : 0;
     // An empty sequence keeps its state; the first slab's launch sees to it.
     if (chunks == 0 && !(empty && p.slab_begin == 0)) return false;
-    const int64_t token = sequence.begin + (begin - sequence.first_chunk) * kChunk;
+    const int64_t token = sequence.begin + (segment.begin - sequence.first_chunk) * kChunk;
     const int64_t most = static_cast<int64_t>(chunks) * kChunk;
     tokens = static_cast<int>(sequence.end - token < most ? sequence.end - token : most);
-    operands = p.operands + (begin - p.slab_begin) * p.args.heads_v + head;
+    operands = p.operands + (segment.begin - p.slab_begin) * p.args.heads_v + head;
     v = reinterpret_cast<uint16_t*>(row_at(p.args.v, sequence.batch, token, head)) + channel;
     output =
         reinterpret_cast<uint16_t*>(row_at(p.args.output, sequence.batch, token, head)) + channel;
@@ -321,65 +380,91 @@ struct Rest {
 };
 
 // The first chunk of `rest`, if there is one, as one group of copies.
-template <int kSlice>
+template <int kSlice, bool kOutput>
 MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage) {
   using Crew = Crew<kSlice>;
   const int copier = thread_index() - Crew::kFirstCopier;
   if (rest.chunks > 0 && copier >= 0) {
-    copy_operands<Crew::kCopiers>(stage.operands, *rest.operands, copier);
+    copy_operands<Crew::kCopiers, kOutput>(stage.operands, *rest.operands, copier);
     copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
   }
   copy_commit();
 }
 
 // The 16 value channels from `channel` of the slice on.
-template <int32_t kDtype, int kSlice>
+template <int32_t kDtype, int kSlice, bool kOutput>
 MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage, int channel,
                             State& s, uint16_t* scratch) {
-  FragC held[kTokenTiles] = {}, output[kTokenTiles] = {};
+  FragC held[kTokenTiles] = {};
   TwoTerms corrected[kTokenTiles];
-  read_state(stage.operands, s, held, output, scratch);
-  correct<kDtype>(stage, channel, held, corrected, scratch);
-  add_own(stage.operands, corrected, output);
-  write_state(stage.operands, corrected, s);
-  keep_output<kDtype>(output, stage, channel);
-  MATE_WARP_BARRIER();
-  store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens, p.output_aligned);
+  if constexpr (kOutput) {
+    FragC output[kTokenTiles] = {};
+    read_state(stage.operands, s, held, output, scratch);
+    correct<kDtype>(stage, channel, held, corrected, scratch);
+    add_own(stage.operands, corrected, output);
+    write_state(stage.operands, corrected, s);
+    keep_output<kDtype>(output, stage, channel);
+    MATE_WARP_BARRIER();
+    store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens,
+                 p.output_aligned);
+  } else {
+    read_keys(stage.operands, s, held, scratch);
+    correct<kDtype>(stage, channel, held, corrected, scratch);
+    write_state(stage.operands, corrected, s);
+  }
 }
 
-template <int32_t kDtype, int kSlice, int kStages>
-MATE_KERNEL(Crew<kSlice>::kThreads, 1)
-scan(const Params p) {
-  constexpr int kSlices = kDim / kSlice;
-  using Shared = ScanShared<kSlice, kStages>;
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const int64_t head = block_index() / kSlices % p.args.heads_v;
-  const Sequence sequence = sequence_at(p, block_index() / kSlices / p.args.heads_v);
-  const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
-  const int warp = thread_index() / 32, channel = warp * kBlock;
-  const bool owner = warp < Crew<kSlice>::kOwners;
+// All of `rest`. `s` is of the calling warp's channels; copying warps have none. The first chunk's
+// copies are under way.
+template <int32_t kDtype, int kSlice, int kStages, bool kOutput>
+MATE_DEVICE void walk(const Params& p, Rest rest, ScanShared<kSlice, kStages>& shared, State& s) {
+  const int warp = thread_index() / 32;
   uint16_t* const scratch = shared.scratch + warp * kScratch;
-
-  Rest rest;
-  if (!rest.find(p, sequence, head, slice)) return;
-  copy_chunk(p, rest, shared.stage[0]);
-  State s;
-  if (owner) load_state(p, sequence, head, slice + channel, s);
   for (int n = 0; rest.chunks > 0; ++n) {
     Stage<kSlice>& stage = shared.stage[n % kStages];
     Rest next = rest;
     next.advance(p);
     copy_wait<0>();
     MATE_BARRIER();  // all copies are here, and the other stage has been read
-    if (kStages > 1) copy_chunk(p, next, shared.stage[(n + 1) % kStages]);
-    if (owner) walk_chunk<kDtype>(p, rest, stage, channel, s, scratch);
+    if (kStages > 1) copy_chunk<kSlice, kOutput>(p, next, shared.stage[(n + 1) % kStages]);
+    if (warp < Crew<kSlice>::kOwners) {
+      walk_chunk<kDtype, kSlice, kOutput>(p, rest, stage, warp * kBlock, s, scratch);
+    }
     if (kStages == 1) {
       MATE_BARRIER();
-      copy_chunk(p, next, stage);
+      copy_chunk<kSlice, kOutput>(p, next, stage);
     }
     rest = next;
   }
-  if (owner) store_state(p, sequence, head, slice + channel, s);
+}
+
+// ---- the kernel ---------------------------------------------------------------------------------
+
+// Blocks are those of the slots, then those of the sequences, for their last segments.
+template <int32_t kDtype, int kSlice, int kStages>
+MATE_KERNEL(Crew<kSlice>::kThreads, 1)
+scan(const Params p) {
+  constexpr int kSlices = kDim / kSlice;
+  auto& shared = *reinterpret_cast<ScanShared<kSlice, kStages>*>(shared_memory());
+  const int64_t unit = block_index() / kSlices / p.args.heads_v;
+  const int64_t head = block_index() / kSlices % p.args.heads_v;
+  const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
+  const int warp = thread_index() / 32, value = slice + warp * kBlock;
+  const bool owner = warp < Crew<kSlice>::kOwners, last = unit >= p.slots;
+
+  Segment segment;
+  if (last) {
+    segment = last_segment(p, unit - p.slots);
+  } else if (!inner_segment(p, unit, segment)) {
+    return;
+  }
+  Rest rest;
+  if (!rest.find(p, segment, head, slice)) return;
+  copy_chunk<kSlice, true>(p, rest, shared.stage[0]);
+  State s;
+  if (owner) load_state(p, segment, head, value, s);
+  walk<kDtype, kSlice, kStages, true>(p, rest, shared, s);
+  if (owner && last) store_state(p, segment.sequence, head, value, s);
 }
 
 }  // namespace gpu

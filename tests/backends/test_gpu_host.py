@@ -44,12 +44,34 @@ def few_chunks_a_slab(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(330<<10)")
 
 
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Segments of 2 chunks, however small the call."""
+    folder = tmp_path_factory.mktemp("gpu_host_segments")
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=2")
+
+
+@pytest.fixture(scope="module")
+def segments_in_slabs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same in slabs of 5 chunks of one head, or 2 of two; and with CUDA's layout."""
+    folder = tmp_path_factory.mktemp("gpu_host_segments_in_slabs")
+    flags = ["-DMATE_GPU_SLAB_BYTES=(330<<10)", "-DMATE_GPU_HOST_MMA_SYNC"]
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=2", *flags)
+
+
 @pytest.fixture
 def little_shared_memory(lib: ctypes.CDLL) -> Iterator[None]:
     """Blocks may use as much as on sm_86, too little for two stages of any slice."""
     lib.mate_gpu_host_shared_limit(99 << 10)
     yield
     lib.mate_gpu_host_shared_limit(227 << 10)
+
+
+@pytest.fixture
+def little_shared_memory_for_segments(segments: ctypes.CDLL) -> Iterator[None]:
+    segments.mate_gpu_host_shared_limit(99 << 10)
+    yield
+    segments.mate_gpu_host_shared_limit(227 << 10)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +136,105 @@ def test_without_states(lib: ctypes.CDLL) -> None:
     output, untouched = run(lib, case, final_state=False)
     assert rel_rms(output, expected[0]) <= BOUND[0]
     assert untouched.isnan().all()
+
+
+# ---- segments side by side ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_segments(name: str, segments: ctypes.CDLL) -> None:
+    case, expected = built(name)
+    check(run(segments, case), expected, CORRELATED.get(name, BOUND))
+
+
+def _joined(*parts: Case) -> Case:
+    """One sequence out of several, one after another; the first one's state and gate's biases."""
+    tensors = dict(parts[0].tensors)
+    for name in ("q", "k", "v", "g", "beta"):
+        tensors[name] = torch.cat([part.tensors[name] for part in parts], dim=1)
+    return Case(tensors, parts[0].options)
+
+
+def _changing(first: str, second: str) -> Case:
+    """Gates of one regime in the first half, of another in the second."""
+    one = functools.partial(draw, T=330, Hqk=1, Hv=1, gate="log", dtype=bf16)
+    return _joined(one(regime=first), one(regime=second, seed=1))
+
+
+def _growing() -> Case:
+    """Raw keys with |k|^2 b up to 4: the map of a token grows what lies along its key by 3."""
+    options = {"use_qk_l2norm_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
+    case = draw(T=330, Hqk=1, Hv=1, gate="log", regime="remembering", dtype=bf16, **options)
+    for name in ("q", "k"):
+        x = case.tensors[name]
+        case.tensors[name] = x / x.float().norm(dim=-1, keepdim=True).to(bf16)
+    case.tensors["beta"] = 0.5 * torch.rand_like(case.tensors["beta"])
+    case.tensors["beta"][:, ::29] = 4.0
+    return case
+
+
+def _one_head(T: int, regime: str, dtype: torch.dtype = bf16, **options: bool) -> Case:
+    case = draw(T=T, Hqk=1, Hv=1, gate="softplus", regime=regime, dtype=dtype, **options)
+    return case
+
+
+def _huge_state() -> Case:
+    """1e4, nearly forgotten by the end of the first segment: e^-16 in 128 tokens."""
+    case = draw(T=330, Hqk=1, Hv=1, gate="log", dtype=bf16)
+    case.tensors["g"].fill_(-1 / 8)
+    case.tensors["initial_state"] *= 1e4
+    return case
+
+
+def _16_bit_state(case: Case, dtype: torch.dtype) -> Case:
+    case.tensors["initial_state"] = case.tensors["initial_state"].to(dtype)
+    return case
+
+
+LONG: dict[str, Callable[[], Case]] = {
+    "forgetting": lambda: _one_head(600, "forgetting"),
+    "remembering": lambda: _one_head(600, "remembering"),
+    "mixed": lambda: _one_head(600, "mixed"),
+    "one-head-each": lambda: draw(T=400, Hqk=1, Hv=3, gate="log", dtype=bf16),
+    "forgetting-then-remembering": lambda: _changing("forgetting", "remembering"),
+    "remembering-then-forgetting": lambda: _changing("remembering", "strong"),
+    "erasing": lambda: _changing("erasing", "remembering"),
+    "negative-eigenvalues": lambda: _one_head(500, "remembering", allow_neg_eigval=True),
+    "growing": _growing,
+    "huge-state": _huge_state,
+    "key-first": lambda: _one_head(500, "remembering", state_v_first=False),
+    "bf16-state": lambda: _16_bit_state(_one_head(500, "remembering"), bf16),
+    "fp16-state-key-first": lambda: _16_bit_state(
+        _one_head(500, "remembering", dtype=fp16, state_v_first=False), fp16
+    ),
+    "edges": lambda: draw(lens=[256, 128, 384, 129, 127], Hqk=1, Hv=1, dtype=bf16,
+                          gate="softplus", regime="remembering"),
+    "varlen": lambda: draw(lens=[0, 65, 500, 0, 1, 200, 64, 300, 0], Hqk=1, Hv=1, dtype=bf16,
+                           gate="softplus", regime="remembering"),
+    "batch": lambda: draw(B=3, T=330, Hqk=1, Hv=1, dtype=bf16, gate="softplus",
+                          regime="remembering"),
+}  # fmt: skip
+
+
+@functools.cache
+def long_case(name: str) -> tuple[Case, tuple]:
+    case = LONG[name]()
+    return case, case.reference()
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequences_in_segments(
+    name: str, segments: ctypes.CDLL, segments_in_slabs: ctypes.CDLL
+) -> None:
+    case, expected = long_case(name)
+    check(run(segments, case), expected)
+    check(run(segments_in_slabs, case), expected)
+
+
+@pytest.mark.usefixtures("little_shared_memory_for_segments")
+def test_segments_in_one_stage(segments: ctypes.CDLL) -> None:
+    case, expected = long_case("remembering")
+    check(run(segments, case), expected)
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -295,23 +416,24 @@ def test_every_order_of_threads_gives_the_same(lib: ctypes.CDLL) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
 
 
-def test_every_barrier_is_needed(lib: ctypes.CDLL) -> None:
+def test_every_barrier_is_needed(lib: ctypes.CDLL, segments: ctypes.CDLL) -> None:
     """Without any one of the source's barriers some order of threads gives wrong numbers."""
+    libs = (segments, lib)
     sites = lib.mate_gpu_host_barriers()
-    assert sites > 10
-    missed = []
+    assert sites > 10 and sites == segments.mate_gpu_host_barriers()
+
+    def caught(site: int, seed: int) -> bool:
+        for each in libs:
+            each.mate_gpu_host_drop_barrier(site)
+            each.mate_gpu_host_seed(seed)
+        return not all(right(each, *x) for x in sensitive_cases() for each in libs)
+
     try:
-        for site in range(sites):
-            lib.mate_gpu_host_drop_barrier(site)
-            for seed in range(12):
-                lib.mate_gpu_host_seed(seed)
-                if not all(right(lib, *x) for x in sensitive_cases()):
-                    break
-            else:
-                missed.append(site)
+        missed = [s for s in range(sites) if not any(caught(s, seed) for seed in range(12))]
     finally:
-        lib.mate_gpu_host_drop_barrier(-1)
-        lib.mate_gpu_host_seed(1)
+        for each in libs:
+            each.mate_gpu_host_drop_barrier(-1)
+            each.mate_gpu_host_seed(1)
     assert not missed
 
 
