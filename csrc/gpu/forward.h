@@ -187,6 +187,7 @@ inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream)
   p.maps = reinterpret_cast<uint16_t*>(workspace + layout.maps);
   p.alive = reinterpret_cast<int32_t*>(workspace + layout.alive);
   p.operands = reinterpret_cast<Operands*>(workspace + layout.operands);
+  p.contracts = (args.flags & MATE_L2NORM) && (args.flags & MATE_BETA_SIGMOID);
   p.q_aligned = is_aligned(args, args.q, args.heads_qk);
   p.k_aligned = is_aligned(args, args.k, args.heads_qk);
   p.v_aligned = is_aligned(args, args.v, args.heads_v);

@@ -43,6 +43,7 @@ struct Params {
   float* ends;                           // [slot][value head][V][K]: states, as registers hold them
   uint16_t* maps;                        // [slot][value head][kMapSize]
   int32_t* alive;                        // [slot][value head]: the map is more than zeros
+  bool contracts;                        // no map of a chunk grows a state: |k| <= 1, b <= 2
   bool q_aligned, k_aligned, v_aligned;  // every row starts at a multiple of 16 bytes
   bool g_aligned, output_aligned;
 };

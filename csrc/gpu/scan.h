@@ -23,6 +23,7 @@ struct Stage {
 template <int kSlice, int kStages>
 struct ScanShared {
   Stage<kSlice> stage[kStages];
+  float weight[2][kSlice / kBlock];  // of a warp's part of a map, after this chunk and the last
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
 };
 
@@ -377,6 +378,17 @@ struct Rest {
     tokens -= kChunk;
     --chunks;
   }
+
+  MATE_DEVICE Rest last(const Params& p, int count) const {
+    Rest rest = *this;
+    const int64_t skipped = chunks - count;
+    rest.operands += skipped * p.args.heads_v;
+    rest.v += skipped * kChunk * p.args.v.stride[1];
+    rest.output += skipped * kChunk * p.args.output.stride[1];
+    rest.tokens -= static_cast<int>(skipped) * kChunk;
+    rest.chunks = count;
+    return rest;
+  }
 };
 
 // The first chunk of `rest`, if there is one, as one group of copies.
@@ -414,21 +426,53 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   }
 }
 
-// All of `rest`. `s` is of the calling warp's channels; copying warps have none. The first chunk's
-// copies are under way.
+// A map is dead when so little is left of it in any warp's rows, and stays so where maps contract.
+constexpr float kDead = 0x1p-26f;
+
+// The sum of |s| over a warp's rows.
+MATE_DEVICE float weigh(const State& s) {
+  float sum[4] = {};
+  MATE_UNROLL
+  for (int t = 0; t < kKeyTiles; ++t) {
+    MATE_UNROLL
+    for (int v = 0; v < 8; ++v) sum[v % 4] += fabsf(s.tile[t].x[v]);
+  }
+  float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  MATE_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) all += shuffle_xor(all, mask);
+  return all;
+}
+
+template <int kOwners>
+MATE_DEVICE bool is_dead(const float (&weight)[kOwners]) {
+  bool dead = true;  // which NaN is not
+  MATE_UNROLL
+  for (int i = 0; i < kOwners; ++i) dead = dead && weight[i] < kDead;
+  return dead;
+}
+
+// All of `rest`; or, if `s` is a map that may die, until it has died: then true comes back. `s` is
+// of the calling warp's channels; copying warps have none. The first chunk's copies are under way.
+// Without output, everything in shared memory has been read in the end.
 template <int32_t kDtype, int kSlice, int kStages, bool kOutput>
-MATE_DEVICE void walk(const Params& p, Rest rest, ScanShared<kSlice, kStages>& shared, State& s) {
+MATE_DEVICE bool walk(const Params& p, Rest rest, ScanShared<kSlice, kStages>& shared, State& s,
+                      bool may_die = false) {
   const int warp = thread_index() / 32;
+  const bool owner = warp < Crew<kSlice>::kOwners;
   uint16_t* const scratch = shared.scratch + warp * kScratch;
-  for (int n = 0; rest.chunks > 0; ++n) {
+  int n = 0;
+  for (; rest.chunks > 0; ++n) {
     Stage<kSlice>& stage = shared.stage[n % kStages];
     Rest next = rest;
     next.advance(p);
     copy_wait<0>();
     MATE_BARRIER();  // all copies are here, and the other stage has been read
+    if (!kOutput && may_die && n > 0 && is_dead(shared.weight[(n - 1) % 2])) return true;
     if (kStages > 1) copy_chunk<kSlice, kOutput>(p, next, shared.stage[(n + 1) % kStages]);
-    if (warp < Crew<kSlice>::kOwners) {
-      walk_chunk<kDtype, kSlice, kOutput>(p, rest, stage, warp * kBlock, s, scratch);
+    if (owner) walk_chunk<kDtype, kSlice, kOutput>(p, rest, stage, warp * kBlock, s, scratch);
+    if (!kOutput && may_die && owner) {
+      const float weight = weigh(s);
+      if (lane_index() == 0) shared.weight[n % 2][warp] = weight;
     }
     if (kStages == 1) {
       MATE_BARRIER();
@@ -436,6 +480,9 @@ MATE_DEVICE void walk(const Params& p, Rest rest, ScanShared<kSlice, kStages>& s
     }
     rest = next;
   }
+  if (kOutput) return false;
+  MATE_BARRIER();
+  return may_die && is_dead(shared.weight[(n - 1) % 2]);
 }
 
 // ---- the kernel ---------------------------------------------------------------------------------

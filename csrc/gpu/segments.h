@@ -3,7 +3,8 @@
 // A segment's chunks act on the state as S <- S M + B, rows of S being value channels: each row is
 // mapped alike. So a walk from zeros gives B, and a walk from the identity, without values, gives M:
 // 128 more value channels. Three launches for a slab:
-//   map_segments    B and M of every inner segment; those that nothing follows need neither
+//   map_segments    B and M of every inner segment; those that nothing follows need neither. M may
+//                   die on the way: nothing of what came before the segment is left
 //   join_segments   for each sequence and head the state at each segment's end, in turn
 //   scan            all segments, each from its right state
 // From map_segments on, a slot's `ends` hold B; from join_segments on the state.
@@ -84,7 +85,34 @@ MATE_DEVICE void store_map(const Params& p, int64_t slot, int64_t head, const St
   }
 }
 
-// A block B or M of a (slot, head).
+// Over how many of the last chunks every channel's decays alone erase what the state held; 0: more
+// than kRecent, or than would pay.
+constexpr int kRecent = 4;
+MATE_DEVICE int erasing_chunks(const Params& p, const Rest& rest) {
+  constexpr float kHopeful = kDead / 64;  // maps have weight beside these decays
+  Four decay[kRecent];
+  MATE_UNROLL
+  for (int i = 0; i < kRecent; ++i) {
+    const Operands* chunk = rest.operands + (rest.chunks - 1 - i) * p.args.heads_v;
+    if (i < rest.chunks) decay[i] = load_four(chunk->decay + lane_index() * 4);
+  }
+  int count = 0;
+  Four left = {{1.0f, 1.0f, 1.0f, 1.0f}};
+  MATE_UNROLL
+  for (int i = 0; i < kRecent; ++i) {
+    if (2 * (i + 1) >= rest.chunks) break;
+    left = left * decay[i];
+    float sum = (left.x[0] + left.x[1]) + (left.x[2] + left.x[3]);  // NaN stays NaN
+    MATE_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (count == 0 && sum < kHopeful) count = i + 1;
+  }
+  return count;
+}
+
+// A block B or M of a (slot, head). Where gates forget, the last few chunks' map may be dead: then
+// so is M, and B is what these chunks make of zeros. Decays tell when to try; that nothing is left
+// only the map can tell, since deltas mix the channels.
 template <int32_t kDtype, int kStages>
 MATE_KERNEL(kMapThreads, 1)
 map_segments(const Params p) {
@@ -99,15 +127,23 @@ map_segments(const Params p) {
   if (!inner_segment(p, slot, segment)) return;
   Rest rest;
   rest.find(p, segment, head, 0);
-  if (is_map) rest.tokens = 0;  // no values
-  copy_chunk<kMapSlice, false>(p, rest, shared.stage[0]);
+  const int recent = p.contracts ? erasing_chunks(p, rest) : 0;
   State s;
-  begin_map(is_map, warp * kBlock, s);
-  walk<kDtype, kMapSlice, kStages, false>(p, rest, shared, s);
+  bool dead = false;
+  for (bool trial = recent > 0;; trial = false) {
+    const bool mapped = trial || is_map;
+    Rest now = trial || dead ? rest.last(p, recent) : rest;
+    if (mapped) now.tokens = 0;  // no values
+    copy_chunk<kMapSlice, false>(p, now, shared.stage[0]);
+    begin_map(mapped, warp * kBlock, s);
+    const bool died = walk<kDtype, kMapSlice, kStages, false>(p, now, shared, s,
+                                                              mapped && p.contracts);
+    dead = dead || died;
+    if (!trial || (dead && is_map)) break;
+  }
   if (is_map) {
-    MATE_BARRIER();  // the last stage has been read
-    store_map(p, slot, head, s, reinterpret_cast<uint16_t*>(&shared));
-    if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = 1;
+    if (!dead) store_map(p, slot, head, s, reinterpret_cast<uint16_t*>(&shared));
+    if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
   } else {
     float* to = end_tile(p, slot, head, warp, 0);
     MATE_UNROLL

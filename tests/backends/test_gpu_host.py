@@ -178,11 +178,19 @@ def _one_head(T: int, regime: str, dtype: torch.dtype = bf16, **options: bool) -
     return case
 
 
-def _huge_state() -> Case:
-    """1e4, nearly forgotten by the end of the first segment: e^-16 in 128 tokens."""
-    case = draw(T=330, Hqk=1, Hv=1, gate="log", dtype=bf16)
-    case.tensors["g"].fill_(-1 / 8)
+def _huge_state(bits: float) -> Case:
+    """1e4, of which a segment of 3 chunks leaves 2^-bits: 2^-30 and its map is about dead."""
+    case = draw(T=500, Hqk=1, Hv=1, gate="log", dtype=bf16)
+    case.tensors["g"].fill_(-bits / 192 * math.log(2))
+    case.tensors["beta"].fill_(-3.0)  # deltas would forget too
     case.tensors["initial_state"] *= 1e4
+    return case
+
+
+def _erased_at(*tokens: int) -> Case:
+    """Everything before these tokens is forgotten, else nothing is."""
+    case = draw(T=500, Hqk=1, Hv=1, gate="log", regime="remembering", dtype=bf16)
+    case.tensors["g"][:, list(tokens)] = -torch.inf
     return case
 
 
@@ -201,7 +209,10 @@ LONG: dict[str, Callable[[], Case]] = {
     "erasing": lambda: _changing("erasing", "remembering"),
     "negative-eigenvalues": lambda: _one_head(500, "remembering", allow_neg_eigval=True),
     "growing": _growing,
-    "huge-state": _huge_state,
+    **{f"huge-state-{bits}": functools.partial(_huge_state, bits) for bits in (16, 28, 30, 32)},
+    "erased-at-the-end": lambda: _erased_at(191, 383),
+    "erased-at-the-start": lambda: _erased_at(0, 192, 385),
+    "erased-midway": lambda: _erased_at(100, 300),
     "key-first": lambda: _one_head(500, "remembering", state_v_first=False),
     "bf16-state": lambda: _16_bit_state(_one_head(500, "remembering"), bf16),
     "fp16-state-key-first": lambda: _16_bit_state(
@@ -229,6 +240,33 @@ def test_long_sequences_in_segments(
     case, expected = long_case(name)
     check(run(segments, case), expected)
     check(run(segments_in_slabs, case), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "least", "most"),
+    [
+        ("forgetting", "remembering", 0.4, 0.55),  # of 6 chunks for M and B, M takes 1, B 2
+        ("erased-at-the-end", "key-first", 0.4, 0.55),
+        ("erased-at-the-start", "key-first", 0.55, 0.65),  # M takes 1, B all
+        ("huge-state-28", "key-first", 1.0, 1.0),
+        ("negative-eigenvalues", "key-first", 1.0, 1.0),
+    ],
+)
+def test_dead_maps_are_not_walked(
+    name: str, whole: str, least: float, most: float, segments: ctypes.CDLL, lib: ctypes.CDLL
+) -> None:
+    """What segments cost on top, against a call of the same size that remembers everything."""
+
+    def operations(each: ctypes.CDLL, case: Case) -> int:
+        before = each.mate_gpu_host_operations()
+        run(each, case)
+        return each.mate_gpu_host_operations() - before
+
+    def on_top(name: str) -> int:
+        case, _ = long_case(name)
+        return operations(segments, case) - operations(lib, case)
+
+    assert least <= on_top(name) / on_top(whole) <= most
 
 
 @pytest.mark.usefixtures("little_shared_memory_for_segments")
