@@ -20,7 +20,7 @@ inline int64_t count_of(int64_t all, int64_t each) { return (all + each - 1) / e
 // Segments side by side (segments.h), where blocks are few: how many chunks each has. Costs are in
 // times of a chunk.
 constexpr int64_t kMostSlots = 160;  // with the heads: 20 MiB
-constexpr double kStartCost = 3, kJoinCost = 0.7, kLaunchCost = 4;
+constexpr double kStartCost = 3, kJoinCost = 0.7, kLaunchCost = 6;
 
 // Of a walk over `chunks` in one piece or `pieces`, by `rows` sequences and heads at a time.
 inline double walk_cost(int64_t chunks, int64_t pieces, int64_t rows) {
@@ -28,7 +28,7 @@ inline double walk_cost(int64_t chunks, int64_t pieces, int64_t rows) {
   const auto waves = [&](int64_t blocks) { return static_cast<double>(count_of(blocks, room)); };
   const double length = static_cast<double>(count_of(chunks, pieces)) + kStartCost;
   if (pieces == 1) return waves(rows) * length;
-  return (waves(rows * pieces) + waves(2 * rows * (pieces - 1))) * length +
+  return (waves(rows * pieces) + waves(rows * (2 * pieces - 3))) * length +
          static_cast<double>(pieces) * kJoinCost + kLaunchCost;
 }
 
@@ -44,7 +44,7 @@ inline int64_t choose_segment(const mate_kda_args& args, int64_t slab_chunks) {
   if (longest <= 0 || args.heads_v <= 0) return 1;
   const int64_t rows = count_of(slab_chunks, longest) * args.heads_v;
   int64_t best = 1;
-  for (int64_t n = 2; n <= longest && n * rows <= kMostSlots; ++n) {
+  for (int64_t n = 3; n <= longest && n * rows <= kMostSlots; ++n) {
     if (walk_cost(longest, n, rows) < walk_cost(longest, best, rows)) best = n;
   }
   return best == 1 ? slab_chunks : count_of(longest, best);
@@ -81,6 +81,8 @@ struct Layout {
     if (args.cu_seqlens && args.total_tokens == 0) chunks = 0;
     slab_chunks = per_chunk ? MATE_GPU_SLAB_BYTES / per_chunk : 0;
     if (slab_chunks < 1) slab_chunks = 1;
+    const int64_t slabs = count_of(chunks, slab_chunks);
+    if (slabs > 0) slab_chunks = count_of(chunks, slabs);  // all about alike
     if (slab_chunks > chunks) slab_chunks = chunks;
     const auto aligned = [](int64_t x) { return (x + 255) / 256 * 256; };
     const int64_t table =
@@ -89,7 +91,7 @@ struct Layout {
     carry = 2 * table;
     ends = carry + (chunks > slab_chunks ? 2 * state_elements(args) * 4 : 0);
     segment_chunks = choose_segment(args, slab_chunks);
-    slots = segment_chunks < slab_chunks ? slab_chunks / segment_chunks : 0;
+    slots = 2 * segment_chunks < slab_chunks ? (slab_chunks - 1) / segment_chunks : 0;
     maps = ends + slots * state_elements(args) * 4;
     alive = maps + slots * args.heads_v * kMapSize * 2;
     operands = alive + aligned(slots * args.heads_v * 4);
@@ -134,8 +136,9 @@ template <int32_t kDtype>
 bool launch_segments(const Params& p, void* stream) {
   const bool two = shared_limit() >= static_cast<int>(sizeof(ScanShared<kMapSlice, 2>));
   if (!(two ? launch_map<kDtype, 2>(p, stream) : launch_map<kDtype, 1>(p, stream))) return false;
+  const int64_t shared = static_cast<int64_t>(sizeof(JoinShared)) + p.slots * 4;
   return launch(join_segments, p.args.num_seqs * p.args.heads_v * kJoinBlocks, kJoinThreads,
-                static_cast<int>(sizeof(JoinShared)), stream, p);
+                static_cast<int>(shared), stream, p);
 }
 
 // Wide slices read the operands less often; narrow ones spread few heads over more of the GPU.

@@ -87,9 +87,9 @@ MATE_DEVICE int64_t sequence_of(const Params& p, int64_t chunk) {
   return low;
 }
 
-// A segment of what the slab holds of a sequence. All but the last are of full length. These, the
-// inner ones, have slots for what becomes of the state in them, numbered by where they begin: two
-// segments never begin within the same segment_chunks.
+// A segment of what the slab holds of a sequence, which is cut where that pays: into three or more,
+// all but the last of full length. These, the inner ones, have slots for what becomes of the state
+// in them, numbered by where they begin: two segments never begin within the same segment_chunks.
 struct Segment {
   Sequence sequence;
   int64_t part;        // where the sequence begins in the slab
@@ -99,6 +99,7 @@ struct Segment {
   MATE_DEVICE int64_t slot(const Params& p) const {
     return (begin - p.slab_begin) / p.segment_chunks;
   }
+  MATE_DEVICE bool is_cut(const Params& p) const { return end - begin > 2 * p.segment_chunks; }
 };
 
 MATE_DEVICE Segment whole_part(const Params& p, int64_t n) {
@@ -110,7 +111,7 @@ MATE_DEVICE Segment whole_part(const Params& p, int64_t n) {
 // May be of no chunks.
 MATE_DEVICE Segment last_segment(const Params& p, int64_t n) {
   Segment s = whole_part(p, n);
-  if (s.end > s.begin) s.begin += (s.end - s.begin - 1) / p.segment_chunks * p.segment_chunks;
+  if (s.is_cut(p)) s.begin += (s.end - s.begin - 1) / p.segment_chunks * p.segment_chunks;
   return s;
 }
 
@@ -122,6 +123,7 @@ MATE_DEVICE bool inner_segment(const Params& p, int64_t slot, Segment& s) {
   const int64_t n = sequence_of(p, chunk);
   if (n >= p.args.num_seqs) return false;
   s = whole_part(p, n);
+  if (!s.is_cut(p)) return false;
   const int64_t end = s.end;
   s.begin += (chunk - s.begin) / p.segment_chunks * p.segment_chunks;
   s.end = s.begin + p.segment_chunks;

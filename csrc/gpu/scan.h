@@ -113,25 +113,6 @@ MATE_DEVICE void each_element(const Element& element, int value) {
   }
 }
 
-// What a part of a sequence begins with, as element(row, key) for each of `each`.
-template <class Each>
-MATE_DEVICE void load_initial(const Params& p, const Sequence& sequence, int64_t head,
-                              const Each& each) {
-  const mate_tensor& initial = p.args.initial_state;
-  if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
-    const float* carry = p.carry_in + head * kDim * kDim;
-    each([&](int row, int key) { return carry[row * kDim + key]; });
-  } else if (initial.data) {
-    each([&](int row, int key) {
-      int column;
-      const char* from = state_row(p, initial, sequence.index, head, row, key, column);
-      return load_element(from, column, initial.dtype);
-    });
-  } else {
-    each([](int, int) { return 0.0f; });
-  }
-}
-
 // A slot's state: tile after tile, each as the lanes of a warp hold it.
 MATE_DEVICE float* end_tile(const Params& p, int64_t slot, int64_t head, int row_tile,
                             int key_tile) {
@@ -155,10 +136,23 @@ MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t hea
     for (int t = 0; t < kKeyTiles; ++t) s.tile[t] = load_tile(from + t * kTileSize);
     return;
   }
-  load_initial(p, segment.sequence, head, [&](const auto& element) {
-    each_element([&](int t, int v, int row, int key) { s.tile[t].x[v] = element(row, key); },
+  const Sequence& sequence = segment.sequence;
+  const mate_tensor& initial = p.args.initial_state;
+  if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
+    const float* carry = p.carry_in + head * kDim * kDim;
+    each_element([&](int t, int v, int row, int key) { s.tile[t].x[v] = carry[row * kDim + key]; },
                  value);
-  });
+  } else if (initial.data) {
+    each_element(
+        [&](int t, int v, int row, int key) {
+          int column;
+          const char* from = state_row(p, initial, sequence.index, head, row, key, column);
+          s.tile[t].x[v] = load_element(from, column, initial.dtype);
+        },
+        value);
+  } else {
+    each_element([&](int t, int v, int, int) { s.tile[t].x[v] = 0.0f; }, value);
+  }
 }
 
 MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t head, int value,

@@ -3,11 +3,13 @@
 // A segment's chunks act on the state as S <- S M + B, rows of S being value channels: each row is
 // mapped alike. So a walk from zeros gives B, and a walk from the identity, without values, gives M:
 // 128 more value channels. Three launches for a slab:
-//   map_segments    B and M of every inner segment; those that nothing follows need neither. M may
-//                   die on the way: nothing of what came before the segment is left
+//   map_segments    B and M of every inner segment; of the first of a part the state at its end. M
+//                   may die on the way: nothing of what came before the segment is left
 //   join_segments   for each sequence and head the state at each segment's end, in turn
 //   scan            all segments, each from its right state
 // From map_segments on, a slot's `ends` hold B; from join_segments on the state.
+//
+// What is not finite and lies before a dead map is forgotten with the rest.
 #pragma once
 
 #include <string.h>
@@ -124,7 +126,7 @@ map_segments(const Params p) {
   const int64_t slot = block_index() / 2 / p.args.heads_v;
   const int warp = thread_index() / 32;
   Segment segment;
-  if (!inner_segment(p, slot, segment)) return;
+  if (!inner_segment(p, slot, segment) || (is_map && segment.is_first())) return;
   Rest rest;
   rest.find(p, segment, head, 0);
   const int recent = p.contracts ? erasing_chunks(p, rest) : 0;
@@ -135,7 +137,11 @@ map_segments(const Params p) {
     Rest now = trial || dead ? rest.last(p, recent) : rest;
     if (mapped) now.tokens = 0;  // no values
     copy_chunk<kMapSlice, false>(p, now, shared.stage[0]);
-    begin_map(mapped, warp * kBlock, s);
+    if (mapped || dead || !segment.is_first()) {
+      begin_map(mapped, warp * kBlock, s);
+    } else {
+      load_state(p, segment, head, warp * kBlock, s);
+    }
     const bool died = walk<kDtype, kMapSlice, kStages, false>(p, now, shared, s,
                                                               mapped && p.contracts);
     dead = dead || died;
@@ -160,21 +166,34 @@ constexpr int kJoinRows = kJoinTiles * kBlock, kJoinBlocks = kDim / kJoinRows;
 struct JoinShared {
   uint16_t high[2][kJoinRows * kDim], low[2][kJoinRows * kDim];  // the state, before and after
 };
+// and behind it whether each of a part's maps is alive
+
+// A warp's part of a state.
+struct JoinTiles {
+  FragC tile[kJoinTiles];
+
+  MATE_DEVICE void load(const Params& p, int64_t slot, int64_t head, int row_tile) {
+    MATE_UNROLL
+    for (int r = 0; r < kJoinTiles; ++r) {
+      tile[r] = load_tile(end_tile(p, slot, head, row_tile + r, thread_index() / 32));
+    }
+  }
+  MATE_DEVICE void store(const Params& p, int64_t slot, int64_t head, int row_tile) const {
+    MATE_UNROLL
+    for (int r = 0; r < kJoinTiles; ++r) {
+      store_tile(end_tile(p, slot, head, row_tile + r, thread_index() / 32), tile[r]);
+    }
+  }
+};
 
 // A warp's part of a segment's B and M.
 struct Step {
-  FragC end[kJoinTiles];
+  JoinTiles end;
   FragB high[kKeyTiles], low[kKeyTiles];
-  bool alive;
 
   MATE_DEVICE void load(const Params& p, int64_t slot, int64_t head, int row_tile) {
     const int warp = thread_index() / 32;
-    MATE_UNROLL
-    for (int r = 0; r < kJoinTiles; ++r) {
-      end[r] = load_tile(end_tile(p, slot, head, row_tile + r, warp));
-    }
-    alive = p.alive[slot * p.args.heads_v + head];
-    if (!alive) return;
+    end.load(p, slot, head, row_tile);
     MATE_UNROLL
     for (int k = 0; k < kKeyTiles; ++k) {
       high[k] = load_operand(map_at(p, slot, head, warp, k, 0));
@@ -183,70 +202,64 @@ struct Step {
   }
 };
 
-MATE_DEVICE void keep_state(const FragC (&s)[kJoinTiles], const Tile<kDim>& high,
-                            const Tile<kDim>& low) {
+MATE_DEVICE void keep_state(const JoinTiles& s, const Tile<kDim>& high, const Tile<kDim>& low) {
   const int column = thread_index() / 32 * kBlock;
   MATE_UNROLL
   for (int r = 0; r < kJoinTiles; ++r) {
     MATE_UNROLL
     for (int v = 0; v < 8; ++v) {
       const int row = r * kBlock + row_of(v), key = column + column_of(v);
-      store_split(high.at(row, key), low.at(row, key), s[r].x[v]);
+      store_split(high.at(row, key), low.at(row, key), s.tile[r].x[v]);
     }
   }
 }
 
-// S M + B. A map of zeros is multiplied with all the same, by the first terms: a state that is not
-// finite must show.
+// S M + B
 MATE_DEVICE void advance_state(const Step& step, const Tile<kDim>& high, const Tile<kDim>& low,
-                               FragC (&s)[kJoinTiles]) {
+                               JoinTiles& s) {
   MATE_UNROLL
   for (int r = 0; r < kJoinTiles; ++r) {
-    FragC main = step.end[r], cross[2] = {};  // independent products
+    FragC main = step.end.tile[r], cross[2] = {};  // independent products
     MATE_UNROLL
     for (int k = 0; k < kKeyTiles; ++k) {
       const FragA state = load_a(high, r * kBlock, k * kBlock);
       multiply(main, state, step.high[k]);
-      if (step.alive) {
-        multiply(cross[0], state, step.low[k]);
-        multiply(cross[1], load_a(low, r * kBlock, k * kBlock), step.high[k]);
-      }
+      multiply(cross[0], state, step.low[k]);
+      multiply(cross[1], load_a(low, r * kBlock, k * kBlock), step.high[k]);
     }
     MATE_UNROLL
-    for (int v = 0; v < 8; ++v) s[r].x[v] = main.x[v] + (cross[0].x[v] + cross[1].x[v]);
+    for (int v = 0; v < 8; ++v) s.tile[r].x[v] = main.x[v] + (cross[0].x[v] + cross[1].x[v]);
   }
 }
 
 // A block a (sequence, head, kJoinRows value channels).
 MATE_KERNEL(kJoinThreads, 1) join_segments(const Params p) {
   JoinShared& shared = *reinterpret_cast<JoinShared*>(shared_memory());
-  const int warp = thread_index() / 32;
+  int32_t* const alive = reinterpret_cast<int32_t*>(&shared + 1);
   const int row_tile = static_cast<int>(block_index() % kJoinBlocks) * kJoinTiles;
   const int64_t head = block_index() / kJoinBlocks % p.args.heads_v;
   const Segment last = last_segment(p, block_index() / kJoinBlocks / p.args.heads_v);
   if (last.is_first()) return;
-  int64_t slot = (last.part - p.slab_begin) / p.segment_chunks;
-  const int64_t end = last.slot(p);
+  const int64_t first = (last.part - p.slab_begin) / p.segment_chunks;  // slots
+  const int count = static_cast<int>(last.slot(p) - first);
+  for (int i = thread_index(); i < count; i += kJoinThreads) {
+    alive[i] = i > 0 && p.alive[(first + i) * p.args.heads_v + head];
+  }
+  MATE_BARRIER();
+  JoinTiles s;
   Step step = {};
-  step.load(p, slot, head, row_tile);
-  FragC s[kJoinTiles];
-  load_initial(p, last.sequence, head, [&](const auto& element) {
-    MATE_UNROLL
-    for (int v = 0; v < 8 * kJoinTiles; ++v) {
-      s[v / 8].x[v % 8] = element((row_tile + v / 8) * kBlock + row_of(v % 8),
-                                  warp * kBlock + column_of(v % 8));
-    }
-  });
-  for (int n = 0; slot < end; ++slot, ++n) {
-    const Tile<kDim> high{shared.high[n % 2]}, low{shared.low[n % 2]};
-    keep_state(s, high, low);
+  if (count > 1 && alive[1]) step.load(p, first + 1, head, row_tile);
+  for (int i = 1, n = 0; i < count; ++i) {  // what follows a dead map is right as it is
     Step next = {};
-    if (slot + 1 < end) next.load(p, slot + 1, head, row_tile);
-    MATE_BARRIER();
-    advance_state(step, high, low, s);
-    MATE_UNROLL
-    for (int r = 0; r < kJoinTiles; ++r) {
-      store_tile(end_tile(p, slot, head, row_tile + r, warp), s[r]);
+    if (i + 1 < count && alive[i + 1]) next.load(p, first + i + 1, head, row_tile);
+    if (alive[i]) {
+      if (!alive[i - 1]) s.load(p, first + i - 1, head, row_tile);
+      const Tile<kDim> high{shared.high[n % 2]}, low{shared.low[n % 2]};
+      keep_state(s, high, low);
+      MATE_BARRIER();
+      advance_state(step, high, low, s);
+      s.store(p, first + i, head, row_tile);
+      ++n;
     }
     step = next;
   }

@@ -52,11 +52,17 @@ def segments(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
+def segments_of_one(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("gpu_host_segments_of_one")
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=1")
+
+
+@pytest.fixture(scope="module")
 def segments_in_slabs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Of 2 chunks, in slabs of 5 of one head; and with CUDA's layout."""
+    """Of 1 chunk, in slabs of at most 5 of one head; and with CUDA's layout."""
     folder = tmp_path_factory.mktemp("gpu_host_segments_in_slabs")
     flags = ["-DMATE_GPU_SLAB_BYTES=(330<<10)", "-DMATE_GPU_HOST_MMA_SYNC"]
-    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=2", *flags)
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=1", *flags)
 
 
 @pytest.fixture
@@ -142,9 +148,9 @@ def test_without_states(lib: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_segments(name: str, segments: ctypes.CDLL) -> None:
+def test_segments(name: str, segments_of_one: ctypes.CDLL) -> None:
     case, expected = built(name)
-    check(run(segments, case), expected, CORRELATED.get(name, BOUND))
+    check(run(segments_of_one, case), expected, CORRELATED.get(name, BOUND))
 
 
 def _joined(*parts: Case) -> Case:
@@ -157,19 +163,19 @@ def _joined(*parts: Case) -> Case:
 
 def _changing(first: str, second: str) -> Case:
     """Gates of one regime in the first half, of another in the second."""
-    one = functools.partial(draw, T=330, Hqk=1, Hv=1, gate="log", dtype=bf16)
+    one = functools.partial(draw, T=450, Hqk=1, Hv=1, gate="log", dtype=bf16)
     return _joined(one(regime=first), one(regime=second, seed=1))
 
 
 def _growing() -> Case:
-    """Raw keys with |k|^2 b up to 4: the map of a token grows what lies along its key by 3."""
+    """Raw keys with |k|^2 b up to 3: the map of a token doubles what lies along its key."""
     options = {"use_qk_l2norm_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
-    case = draw(T=330, Hqk=1, Hv=1, gate="log", regime="remembering", dtype=bf16, **options)
+    case = draw(T=500, Hqk=1, Hv=1, gate="log", regime="remembering", dtype=bf16, **options)
     for name in ("q", "k"):
         x = case.tensors[name]
         case.tensors[name] = x / x.float().norm(dim=-1, keepdim=True).to(bf16)
     case.tensors["beta"] = 0.5 * torch.rand_like(case.tensors["beta"])
-    case.tensors["beta"][:, ::29] = 4.0
+    case.tensors["beta"][:, ::29] = 3.0
     return case
 
 
@@ -203,7 +209,7 @@ LONG: dict[str, Callable[[], Case]] = {
     "forgetting": lambda: _one_head(600, "forgetting"),
     "remembering": lambda: _one_head(600, "remembering"),
     "mixed": lambda: _one_head(600, "mixed"),
-    "one-head-each": lambda: draw(T=400, Hqk=1, Hv=3, gate="log", dtype=bf16),
+    "one-head-each": lambda: draw(T=450, Hqk=1, Hv=3, gate="log", dtype=bf16),
     "forgetting-then-remembering": lambda: _changing("forgetting", "remembering"),
     "remembering-then-forgetting": lambda: _changing("remembering", "strong"),
     "erasing": lambda: _changing("erasing", "remembering"),
@@ -213,16 +219,18 @@ LONG: dict[str, Callable[[], Case]] = {
     "erased-at-the-end": lambda: _erased_at(191, 383),
     "erased-at-the-start": lambda: _erased_at(0, 192, 385),
     "erased-midway": lambda: _erased_at(100, 300),
+    "remembering-log": lambda: draw(T=450, Hqk=1, Hv=1, gate="log", regime="remembering",
+                                    dtype=bf16),
     "key-first": lambda: _one_head(500, "remembering", state_v_first=False),
     "bf16-state": lambda: _16_bit_state(_one_head(500, "remembering"), bf16),
     "fp16-state-key-first": lambda: _16_bit_state(
         _one_head(500, "remembering", dtype=fp16, state_v_first=False), fp16
     ),
-    "edges": lambda: draw(lens=[192, 128, 384, 129, 193], Hqk=1, Hv=1, dtype=bf16,
+    "edges": lambda: draw(lens=[448, 128, 576, 129, 449], Hqk=1, Hv=1, dtype=bf16,
                           gate="softplus", regime="remembering"),
-    "varlen": lambda: draw(lens=[0, 65, 500, 0, 1, 200, 64, 300, 0], Hqk=1, Hv=1, dtype=bf16,
+    "varlen": lambda: draw(lens=[0, 65, 500, 0, 1, 400, 64, 449, 0], Hqk=1, Hv=1, dtype=bf16,
                            gate="softplus", regime="remembering"),
-    "batch": lambda: draw(B=3, T=330, Hqk=1, Hv=1, dtype=bf16, gate="softplus",
+    "batch": lambda: draw(B=3, T=450, Hqk=1, Hv=1, dtype=bf16, gate="softplus",
                           regime="remembering"),
 }  # fmt: skip
 
@@ -242,12 +250,26 @@ def test_long_sequences_in_segments(
     check(run(segments_in_slabs, case), expected)
 
 
+def test_the_host_chooses_segments(lib: ctypes.CDLL) -> None:
+    """On a GPU of some size, for few heads."""
+    case = _one_head(2000, "remembering")
+    expected = case.reference()
+    packed, _ = gpu_host.native.pack(call_of(case.tensors, case.options), case.tensors["v"], None)
+    least = lib.mate_gpu_kda_workspace(packed)
+    lib.mate_gpu_host_multiprocessors(132)
+    try:
+        assert lib.mate_gpu_kda_workspace(packed) > least
+        check(run(lib, case), expected)
+    finally:
+        lib.mate_gpu_host_multiprocessors(4)
+
+
 @pytest.mark.parametrize(
     ("name", "whole", "least", "most"),
     [
-        ("forgetting", "remembering", 0.4, 0.55),  # of 6 chunks for M and B, M takes 1, B 2
+        ("forgetting", "remembering", 0.4, 0.55),  # of 3 chunks M takes 1, B 2
         ("erased-at-the-end", "key-first", 0.4, 0.55),
-        ("erased-at-the-start", "key-first", 0.55, 0.65),  # M takes 1, B all
+        ("erased-at-the-start", "key-first", 0.6, 0.75),  # M takes 1, B all
         ("huge-state-28", "key-first", 1.0, 1.0),
         ("negative-eigenvalues", "key-first", 1.0, 1.0),
     ],
@@ -339,13 +361,18 @@ def test_state_in_place(state_v_first: bool, lib: ctypes.CDLL) -> None:
     check((output, state), expected)
 
 
-def test_workspace_is_bounded(lib: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("multiprocessors", [4, 40, 132, 304])
+def test_workspace_is_bounded(multiprocessors: int, lib: ctypes.CDLL) -> None:
     """From shapes alone: nothing is launched."""
-    for T, heads in ((1 << 20, 96), (1 << 27, 8), (8192, 128)):
-        x = torch.empty(1, 1, heads, 128, dtype=bf16).expand(1, T, heads, 128)
-        t = {name: x for name in "qkvg"} | {"beta": x[..., 0]}
-        packed, _ = gpu_host.native.pack(call_of(t, {}), x, None)
-        assert 0 < lib.mate_gpu_kda_workspace(packed) <= 256 << 20
+    lib.mate_gpu_host_multiprocessors(multiprocessors)
+    try:
+        for T, heads in ((1 << 20, 96), (1 << 27, 8), (8192, 128), (1 << 20, 32), (1 << 20, 1)):
+            x = torch.empty(1, 1, heads, 128, dtype=bf16).expand(1, T, heads, 128)
+            t = {name: x for name in "qkvg"} | {"beta": x[..., 0]}
+            packed, _ = gpu_host.native.pack(call_of(t, {}), x, None)
+            assert 0 < lib.mate_gpu_kda_workspace(packed) <= 256 << 20
+    finally:
+        lib.mate_gpu_host_multiprocessors(4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -426,7 +453,7 @@ def test_dtypes_that_are_not_served(name: str, lib: ctypes.CDLL) -> None:
 def sensitive_cases() -> list[tuple[Case, tuple]]:
     """Small calls that pass every barrier: long memories over several chunks; many sequences."""
     gates = {"gate": "log", "regime": "remembering"}
-    cases = [draw(T=200, Hqk=1, Hv=1, dtype=bf16, cosine=0.5, **gates)]
+    cases = [draw(T=150, Hqk=1, Hv=1, dtype=bf16, cosine=0.5, **gates)]
     cases.append(draw(lens=[1] * 300, Hqk=1, Hv=1, state=False, dtype=bf16))
     return [(case, case.reference()) for case in cases]
 
@@ -464,7 +491,8 @@ def test_every_barrier_is_needed(lib: ctypes.CDLL, segments: ctypes.CDLL) -> Non
         for each in libs:
             each.mate_gpu_host_drop_barrier(site)
             each.mate_gpu_host_seed(seed)
-        return not all(right(each, *x) for x in sensitive_cases() for each in libs)
+        whole = all(right(lib, *x) for x in sensitive_cases())
+        return not (whole and right(segments, *long_case("remembering-log")))
 
     try:
         missed = [s for s in range(sites) if not any(caught(s, seed) for seed in range(12))]

@@ -16,7 +16,7 @@ namespace host {
 
 const Position* here;
 char* shared;
-int shared_limit = 227 << 10;
+int multiprocessors = 4, shared_limit = 227 << 10;
 int64_t collectives;
 
 namespace {
@@ -268,7 +268,10 @@ const char* error() { return message; }
 // The order in which fibres run.
 MATE_EXPORT void mate_gpu_host_seed(uint64_t seed) { mate::gpu::host::seed = seed; }
 
-// Another GPU's size: blocks may use as many bytes of shared memory.
+// Another GPU's size: multiprocessors; blocks may use as many bytes of shared memory.
+MATE_EXPORT void mate_gpu_host_multiprocessors(int count) {
+  mate::gpu::host::multiprocessors = count;
+}
 MATE_EXPORT void mate_gpu_host_shared_limit(int bytes) { mate::gpu::host::shared_limit = bytes; }
 
 // Operations of whole warps until now: how much work there was.
