@@ -17,23 +17,23 @@ namespace gpu {
 
 inline int64_t count_of(int64_t all, int64_t each) { return (all + each - 1) / each; }
 
-// Segments side by side (segments.h), where blocks are few: how many chunks each has. Costs are in
-// times of a chunk.
-constexpr int64_t kMostSlots = 160;  // with the heads: 20 MiB
+// Segments side by side (segments.h), where blocks are few. Costs are in times of a chunk: what a
+// walk begins with, a step of join_segments, the launches on top.
+constexpr int64_t kMostSlots = 160;  // of all heads: 20 MiB
 constexpr double kStartCost = 3, kJoinCost = 0.7, kLaunchCost = 6;
 
-// Of a walk over `chunks` in one piece or `pieces`, by `rows` sequences and heads at a time.
-inline double walk_cost(int64_t chunks, int64_t pieces, int64_t rows) {
-  const int64_t room = multiprocessors();
+// Of a walk over `chunks` in so many pieces, by `rows` sequences and heads at a time on `room`
+// multiprocessors.
+inline double walk_cost(int64_t chunks, int64_t pieces, int64_t rows, int64_t room) {
   const auto waves = [&](int64_t blocks) { return static_cast<double>(count_of(blocks, room)); };
   const double length = static_cast<double>(count_of(chunks, pieces)) + kStartCost;
   if (pieces == 1) return waves(rows) * length;
-  return (waves(rows * pieces) + waves(rows * (2 * pieces - 3))) * length +
+  return (waves(rows * (2 * pieces - 3)) + waves(rows * pieces)) * length +
          static_cast<double>(pieces) * kJoinCost + kLaunchCost;
 }
 
-// A slab's walks last as long as its longest sequence. In a varlen call that may be all of it; if
-// it is not, no more is lost than two launches whose blocks return.
+// How many chunks a segment has. A slab's walks last as long as its longest sequence; in a varlen
+// call that may be all of it. If it is not, no more is lost than two launches whose blocks return.
 inline int64_t choose_segment(const mate_kda_args& args, int64_t slab_chunks) {
 #if defined(MATE_GPU_SEGMENT_CHUNKS)
   (void)args, (void)slab_chunks;
@@ -42,10 +42,14 @@ inline int64_t choose_segment(const mate_kda_args& args, int64_t slab_chunks) {
   const int64_t whole = args.cu_seqlens ? slab_chunks : count_of(args.seq_len, kChunk);
   const int64_t longest = whole < slab_chunks ? whole : slab_chunks;
   if (longest <= 0 || args.heads_v <= 0) return 1;
-  const int64_t rows = count_of(slab_chunks, longest) * args.heads_v;
+  const int64_t rows = count_of(slab_chunks, longest) * args.heads_v, room = multiprocessors();
   int64_t best = 1;
+  double least = walk_cost(longest, 1, rows, room);
   for (int64_t n = 3; n <= longest && n * rows <= kMostSlots; ++n) {
-    if (walk_cost(longest, n, rows) < walk_cost(longest, best, rows)) best = n;
+    const double cost = walk_cost(longest, n, rows, room);
+    if (cost >= least) continue;
+    best = n;
+    least = cost;
   }
   return best == 1 ? slab_chunks : count_of(longest, best);
 #endif

@@ -1,8 +1,8 @@
 // Segments side by side: where sequences, heads and slices are too few to fill the GPU.
 //
 // A segment's chunks act on the state as S <- S M + B, rows of S being value channels: each row is
-// mapped alike. So a walk from zeros gives B, and a walk from the identity, without values, gives M:
-// 128 more value channels. Three launches for a slab:
+// mapped alike. So a walk from zeros gives B, and a walk from the identity, without values, gives
+// M: 128 more value channels. Three launches for a slab:
 //   map_segments    B and M of every inner segment; of the first of a part the state at its end. M
 //                   may die on the way: nothing of what came before the segment is left
 //   join_segments   for each sequence and head the state at each segment's end, in turn
@@ -142,8 +142,8 @@ map_segments(const Params p) {
     } else {
       load_state(p, segment, head, warp * kBlock, s);
     }
-    const bool died = walk<kDtype, kMapSlice, kStages, false>(p, now, shared, s,
-                                                              mapped && p.contracts);
+    const bool died =
+        walk<kDtype, kMapSlice, kStages, false>(p, now, shared, s, mapped && p.contracts);
     dead = dead || died;
     if (!trial || (dead && is_map)) break;
   }

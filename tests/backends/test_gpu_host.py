@@ -14,7 +14,7 @@ from pathlib import Path
 import gpu_host
 import pytest
 import torch
-from gpu_cases import BOUND, CASES, CORRELATED, built
+from gpu_cases import BOUND, CASES, CORRELATED, LONG, built
 from gpu_host import ROOT, call_of, launch, run
 from kda_cases import Case, draw, rel_rms
 
@@ -153,37 +153,6 @@ def test_segments(name: str, segments_of_one: ctypes.CDLL) -> None:
     check(run(segments_of_one, case), expected, CORRELATED.get(name, BOUND))
 
 
-def _joined(*parts: Case) -> Case:
-    """One sequence out of several, one after another; the first one's state and gate's biases."""
-    tensors = dict(parts[0].tensors)
-    for name in ("q", "k", "v", "g", "beta"):
-        tensors[name] = torch.cat([part.tensors[name] for part in parts], dim=1)
-    return Case(tensors, parts[0].options)
-
-
-def _changing(first: str, second: str) -> Case:
-    """Gates of one regime in the first half, of another in the second."""
-    one = functools.partial(draw, T=450, Hqk=1, Hv=1, gate="log", dtype=bf16)
-    return _joined(one(regime=first), one(regime=second, seed=1))
-
-
-def _growing() -> Case:
-    """Raw keys with |k|^2 b up to 3: the map of a token doubles what lies along its key."""
-    options = {"use_qk_l2norm_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
-    case = draw(T=500, Hqk=1, Hv=1, gate="log", regime="remembering", dtype=bf16, **options)
-    for name in ("q", "k"):
-        x = case.tensors[name]
-        case.tensors[name] = x / x.float().norm(dim=-1, keepdim=True).to(bf16)
-    case.tensors["beta"] = 0.5 * torch.rand_like(case.tensors["beta"])
-    case.tensors["beta"][:, ::29] = 3.0
-    return case
-
-
-def _one_head(T: int, regime: str, dtype: torch.dtype = bf16, **options: bool) -> Case:
-    case = draw(T=T, Hqk=1, Hv=1, gate="softplus", regime=regime, dtype=dtype, **options)
-    return case
-
-
 def _huge_state(bits: float) -> Case:
     """1e4, of which a segment of 3 chunks leaves 2^-bits: 2^-30 and its map is about dead."""
     case = draw(T=500, Hqk=1, Hv=1, gate="log", dtype=bf16)
@@ -200,48 +169,28 @@ def _erased_at(*tokens: int) -> Case:
     return case
 
 
-def _16_bit_state(case: Case, dtype: torch.dtype) -> Case:
-    case.tensors["initial_state"] = case.tensors["initial_state"].to(dtype)
-    return case
+def _edges(*lens: int) -> Case:
+    return draw(lens=list(lens), Hqk=1, Hv=1, gate="softplus", regime="remembering", dtype=bf16)
 
 
-LONG: dict[str, Callable[[], Case]] = {
-    "forgetting": lambda: _one_head(600, "forgetting"),
-    "remembering": lambda: _one_head(600, "remembering"),
-    "mixed": lambda: _one_head(600, "mixed"),
-    "one-head-each": lambda: draw(T=450, Hqk=1, Hv=3, gate="log", dtype=bf16),
-    "forgetting-then-remembering": lambda: _changing("forgetting", "remembering"),
-    "remembering-then-forgetting": lambda: _changing("remembering", "strong"),
-    "erasing": lambda: _changing("erasing", "remembering"),
-    "negative-eigenvalues": lambda: _one_head(500, "remembering", allow_neg_eigval=True),
-    "growing": _growing,
+SEGMENTED: dict[str, Callable[[], Case]] = {
+    **{name: functools.partial(make, 500) for name, make in LONG.items()},
     **{f"huge-state-{bits}": functools.partial(_huge_state, bits) for bits in (16, 28, 30, 32)},
     "erased-at-the-end": lambda: _erased_at(191, 383),
     "erased-at-the-start": lambda: _erased_at(0, 192, 385),
     "erased-midway": lambda: _erased_at(100, 300),
-    "remembering-log": lambda: draw(T=450, Hqk=1, Hv=1, gate="log", regime="remembering",
-                                    dtype=bf16),
-    "key-first": lambda: _one_head(500, "remembering", state_v_first=False),
-    "bf16-state": lambda: _16_bit_state(_one_head(500, "remembering"), bf16),
-    "fp16-state-key-first": lambda: _16_bit_state(
-        _one_head(500, "remembering", dtype=fp16, state_v_first=False), fp16
-    ),
-    "edges": lambda: draw(lens=[448, 128, 576, 129, 449], Hqk=1, Hv=1, dtype=bf16,
-                          gate="softplus", regime="remembering"),
-    "varlen": lambda: draw(lens=[0, 65, 500, 0, 1, 400, 64, 449, 0], Hqk=1, Hv=1, dtype=bf16,
-                           gate="softplus", regime="remembering"),
-    "batch": lambda: draw(B=3, T=450, Hqk=1, Hv=1, dtype=bf16, gate="softplus",
-                          regime="remembering"),
-}  # fmt: skip
+    "edges": lambda: _edges(448, 128, 576, 129, 449),
+    "many-and-none": lambda: _edges(0, 65, 500, 0, 1, 400, 64, 449, 0),
+}
 
 
 @functools.cache
 def long_case(name: str) -> tuple[Case, tuple]:
-    case = LONG[name]()
+    case = SEGMENTED[name]()
     return case, case.reference()
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", SEGMENTED)
 def test_long_sequences_in_segments(
     name: str, segments: ctypes.CDLL, segments_in_slabs: ctypes.CDLL
 ) -> None:
@@ -252,7 +201,7 @@ def test_long_sequences_in_segments(
 
 def test_the_host_chooses_segments(lib: ctypes.CDLL) -> None:
     """On a GPU of some size, for few heads."""
-    case = _one_head(2000, "remembering")
+    case = LONG["remembering"](2000)
     expected = case.reference()
     packed, _ = gpu_host.native.pack(call_of(case.tensors, case.options), case.tensors["v"], None)
     least = lib.mate_gpu_kda_workspace(packed)
@@ -267,11 +216,11 @@ def test_the_host_chooses_segments(lib: ctypes.CDLL) -> None:
 @pytest.mark.parametrize(
     ("name", "whole", "least", "most"),
     [
-        ("forgetting", "remembering", 0.4, 0.55),  # of 3 chunks M takes 1, B 2
+        ("forgetting", "key-first", 0.4, 0.55),  # of 3 chunks M takes 1, B 2
         ("erased-at-the-end", "key-first", 0.4, 0.55),
         ("erased-at-the-start", "key-first", 0.6, 0.75),  # M takes 1, B all
         ("huge-state-28", "key-first", 1.0, 1.0),
-        ("negative-eigenvalues", "key-first", 1.0, 1.0),
+        ("remembering", "key-first", 1.0, 1.0),
     ],
 )
 def test_dead_maps_are_not_walked(
@@ -492,7 +441,7 @@ def test_every_barrier_is_needed(lib: ctypes.CDLL, segments: ctypes.CDLL) -> Non
             each.mate_gpu_host_drop_barrier(site)
             each.mate_gpu_host_seed(seed)
         whole = all(right(lib, *x) for x in sensitive_cases())
-        return not (whole and right(segments, *long_case("remembering-log")))
+        return not (whole and right(segments, *long_case("log")))
 
     try:
         missed = [s for s in range(sites) if not any(caught(s, seed) for seed in range(12))]
