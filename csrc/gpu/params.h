@@ -3,7 +3,7 @@
 //
 // Chunks of 64 tokens are numbered over all sequences, one sequence after another. The operands
 // that `prepare` makes of a chunk live in the workspace only until `scan` has read them: the host
-// cuts the chunks into slabs and launches both kernels for each. What a slab holds of a sequence is
+// cuts the chunks into slabs and launches the kernels for each. What a slab holds of a sequence is
 // walked as one segment, or cut into several that are walked side by side: see segments.h.
 #pragma once
 
