@@ -6,11 +6,6 @@
 namespace mate {
 namespace gpu {
 
-// x in two terms.
-MATE_DEVICE void store_split(uint16_t* high, uint16_t* low, float x) {
-  *high = to_bf16(x);
-  *low = to_bf16(x - from_bits(uint32_t{*high} << 16));
-}
 MATE_DEVICE void store_T(PrepareShared& shared, int i, int j, float x) {
   store_split(Tile<kChunk>{shared.T_high}.at(i, j), Tile<kChunk>{shared.T_low}.at(i, j), x);
 }

@@ -3,7 +3,8 @@
 //
 // Chunks of 64 tokens are numbered over all sequences, one sequence after another. The operands
 // that `prepare` makes of a chunk live in the workspace only until `scan` has read them: the host
-// cuts the chunks into slabs and launches both kernels for each.
+// cuts the chunks into slabs and launches the kernels for each. What a slab holds of a sequence is
+// walked as one segment, or cut into several that are walked side by side: see segments.h.
 #pragma once
 
 #include "arch/arch.h"
@@ -41,6 +42,11 @@ struct Params {
   int64_t *bounds, *first_chunk;         // [num_seqs + 1], with cu_seqlens: by plan.h
   float *carry_in, *carry_out;           // [value head][V][K]: of the sequence that a slab cuts
   int64_t slab_begin, slab_end;          // chunks
+  int64_t segment_chunks, slots;         // a segment's length; as many are kept in what follows
+  float* ends;                           // [slot][value head][V][K]: states, as registers hold them
+  uint16_t* maps;                        // [slot][value head][kMapSize]
+  int32_t* alive;                        // [slot][value head]: the map is more than zeros
+  bool contracts;                        // no map of a chunk grows a state: |k| <= 1, b <= 2
   bool q_aligned, k_aligned, v_aligned;  // every row starts at a multiple of 16 bytes
   bool g_aligned, output_aligned;
 };
@@ -82,6 +88,49 @@ MATE_DEVICE int64_t sequence_of(const Params& p, int64_t chunk) {
     }
   }
   return low;
+}
+
+// A segment of what the slab holds of a sequence, which is cut where that pays: into three or more,
+// all but the last of full length. These, the inner ones, have slots for what becomes of the state
+// in them, numbered by where they begin: two segments never begin within the same segment_chunks.
+struct Segment {
+  Sequence sequence;
+  int64_t part;        // where the sequence begins in the slab
+  int64_t begin, end;  // chunks
+
+  MATE_DEVICE bool is_first() const { return begin == part; }
+  MATE_DEVICE int64_t slot(const Params& p) const {
+    return (begin - p.slab_begin) / p.segment_chunks;
+  }
+  MATE_DEVICE bool is_cut(const Params& p) const { return end - begin > 2 * p.segment_chunks; }
+};
+
+MATE_DEVICE Segment whole_part(const Params& p, int64_t n) {
+  const Sequence x = sequence_at(p, n);
+  const int64_t begin = larger(x.first_chunk, p.slab_begin);
+  return {x, begin, begin, x.end_chunk < p.slab_end ? x.end_chunk : p.slab_end};
+}
+
+// May be of no chunks.
+MATE_DEVICE Segment last_segment(const Params& p, int64_t n) {
+  Segment s = whole_part(p, n);
+  if (s.is_cut(p)) s.begin += (s.end - s.begin - 1) / p.segment_chunks * p.segment_chunks;
+  return s;
+}
+
+// False if the slot is not used. A segment that begins in a slot's chunks reaches to the last of
+// them, at least.
+MATE_DEVICE bool inner_segment(const Params& p, int64_t slot, Segment& s) {
+  const int64_t first = p.slab_begin + slot * p.segment_chunks;
+  const int64_t chunk = first + p.segment_chunks - 1;
+  const int64_t n = sequence_of(p, chunk);
+  if (n >= p.args.num_seqs) return false;
+  s = whole_part(p, n);
+  if (!s.is_cut(p)) return false;
+  const int64_t end = s.end;
+  s.begin += (chunk - s.begin) / p.segment_chunks * p.segment_chunks;
+  s.end = s.begin + p.segment_chunks;
+  return s.begin >= first && s.end < end;
 }
 
 }  // namespace gpu

@@ -23,14 +23,15 @@ struct WarpProducts {
   };
 
   // C[t][m][n] = sum over i, k of A[i][m][k] operands[16 t + n][16 i + k]; `operands`: OperandRows
-  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* operands,
+  template <int kTiles>
+  MATE_DEVICE static void columns(FragC (&c)[kTiles], const FragA (&a)[8], const uint16_t* operands,
                                   const Memory&) {
     MATE_UNROLL
-    for (int t = 0; t < 8; ++t) c[t] = FragC{};
+    for (int t = 0; t < kTiles; ++t) c[t] = FragC{};
     MATE_UNROLL
     for (int k = 0; k < 8; ++k) {
       MATE_UNROLL
-      for (int t = 0; t < 8; ++t) {
+      for (int t = 0; t < kTiles; ++t) {
         multiply(c[t], a[k], load_b_columns(OperandRows{operands}, t * kBlock, k * kBlock));
       }
     }

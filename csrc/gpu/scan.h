@@ -34,6 +34,7 @@ template <int kSlice, int kStages>
 struct ScanShared {
   Stage<kSlice> stage[kStages];
   Arrival arrival[kStages];
+  float weight[2][kSlice / kBlock];  // of a warp's part of a map, after this chunk and the last
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
 };
 
@@ -72,23 +73,43 @@ MATE_DEVICE void copy_lower(uint16_t* to, int column, const uint16_t* from, int 
   }
 }
 
-template <int kThreads>
+// Without output, q_in and P are not needed.
+template <int kThreads, bool kOutput>
 MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, int copier) {
-  constexpr int kPieces = kOperandRows * kDim / 8;
-  static_assert(kPieces % kThreads == 0, "all copy as many");
   char* target = reinterpret_cast<char*>(&to) + copier * 16;
   const char* source = reinterpret_cast<const char*>(&from) + copier * 16;
-  copy_every<kThreads * 16, kPieces / kThreads>(target, source);
+  if (kOutput) {
+    copy_every<kThreads * 16, sizeof(from.rows) / 16 / kThreads>(target, source);
+    copy_lower<kThreads>(to.P[0], sizeof(to.P[0]) / 2, from.P, copier);
+  } else {
+    constexpr int kPart = kChunk * kPanel * 2;  // bytes of k_in, q_in or k_out in a panel
+    MATE_UNROLL
+    for (int part = 0; part < 2 * 3; ++part) {
+      if (part % 3 == 1) continue;
+      copy_every<kThreads * 16, kPart / 16 / kThreads>(target + part * kPart,
+                                                       source + part * kPart);
+    }
+  }
   copy_lower<kThreads>(to.T[0][0], sizeof(to.T[0]) / 2, from.T_low, copier);
   copy_lower<kThreads>(to.T[0][1], sizeof(to.T[0]) / 2, from.T_high, copier);
-  copy_lower<kThreads>(to.P[0], sizeof(to.P[0]) / 2, from.P, copier);
   if (copier < kDim / 4) copy_async(to.decay + copier * 4, from.decay + copier * 4);
 }
 
 // The same by one thread.
+template <bool kOutput>
 MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival& arrival) {
-  expect_bytes(arrival, sizeof(Operands));
-  copy_bulk(to.rows, from.rows, sizeof(from.rows), arrival);
+  constexpr int kPart = kChunk * kPanel;
+  expect_bytes(arrival,
+               kOutput ? sizeof(Operands) : sizeof(Operands) - sizeof(from.P) - 2 * kPart * 2);
+  if (kOutput) {
+    copy_bulk(to.rows, from.rows, sizeof(from.rows), arrival);
+  } else {
+    MATE_UNROLL
+    for (int part = 0; part < 2 * 3; ++part) {
+      if (part % 3 == 1) continue;
+      copy_bulk(to.rows + part * kPart, from.rows + part * kPart, kPart * 2, arrival);
+    }
+  }
   copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
   MATE_UNROLL
   for (int j = 0; j < kTokenTiles; ++j) {
@@ -98,7 +119,7 @@ MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival&
     };
     copy(to.T[j][0], from.T_low);
     copy(to.T[j][1], from.T_high);
-    copy(to.P[j], from.P);
+    if (kOutput) copy(to.P[j], from.P);
   }
 }
 
@@ -163,8 +184,30 @@ MATE_DEVICE void each_element(const Element& element, int value) {
   }
 }
 
-MATE_DEVICE void load_state(const Params& p, const Sequence& sequence, int64_t head, int value,
+// A slot's state: tile after tile, each as the lanes of a warp hold it.
+MATE_DEVICE float* end_tile(const Params& p, int64_t slot, int64_t head, int row_tile,
+                            int key_tile) {
+  return p.ends + (slot * p.args.heads_v + head) * kDim * kDim +
+         (row_tile * kKeyTiles + key_tile) * kTileSize + lane_index() * 4;
+}
+MATE_DEVICE FragC load_tile(const float* from) {
+  const Four a = load_four(from), b = load_four(from + kTileSize / 2);
+  return {{a.x[0], a.x[1], a.x[2], a.x[3], b.x[0], b.x[1], b.x[2], b.x[3]}};
+}
+MATE_DEVICE void store_tile(float* to, const FragC& c) {
+  store_four(to, {{c.x[0], c.x[1], c.x[2], c.x[3]}});
+  store_four(to + kTileSize / 2, {{c.x[4], c.x[5], c.x[6], c.x[7]}});
+}
+
+MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t head, int value,
                             State& s) {
+  if (!segment.is_first()) {
+    const float* from = end_tile(p, segment.slot(p) - 1, head, value / kBlock, 0);
+    MATE_UNROLL
+    for (int t = 0; t < kKeyTiles; ++t) s.tile[t] = load_tile(from + t * kTileSize);
+    return;
+  }
+  const Sequence& sequence = segment.sequence;
   const mate_tensor& initial = p.args.initial_state;
   if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
     const float* carry = p.carry_in + head * kDim * kDim;
@@ -298,9 +341,9 @@ MATE_DEVICE void store_output(const Stage<kSlice>& stage, int channel, uint16_t*
   }
 }
 
-// ---- the kernel ---------------------------------------------------------------------------------
+// ---- a segment ----------------------------------------------------------------------------------
 
-// What is left of a sequence in this slab, from some chunk on.
+// What is left of a segment, from some chunk on.
 struct Rest {
   const Operands* operands;
   const uint16_t* v;  // the slice's first channel
@@ -308,17 +351,16 @@ struct Rest {
   int tokens, chunks;
 
   // False if there is nothing to do.
-  MATE_DEVICE bool find(const Params& p, const Sequence& sequence, int64_t head, int channel) {
+  MATE_DEVICE bool find(const Params& p, const Segment& segment, int64_t head, int channel) {
+    const Sequence& sequence = segment.sequence;
     const bool empty = sequence.first_chunk == sequence.end_chunk;
-    const int64_t begin = larger(sequence.first_chunk, p.slab_begin);
-    const int64_t end = sequence.end_chunk < p.slab_end ? sequence.end_chunk : p.slab_end;
-    chunks = end > begin ? static_cast<int>(end - begin) : 0;
+    chunks = segment.end > segment.begin ? static_cast<int>(segment.end - segment.begin) : 0;
     // An empty sequence keeps its state; the first slab's launch sees to it.
     if (chunks == 0 && !(empty && p.slab_begin == 0)) return false;
-    const int64_t token = sequence.begin + (begin - sequence.first_chunk) * kChunk;
+    const int64_t token = sequence.begin + (segment.begin - sequence.first_chunk) * kChunk;
     const int64_t most = static_cast<int64_t>(chunks) * kChunk;
     tokens = static_cast<int>(sequence.end - token < most ? sequence.end - token : most);
-    operands = p.operands + (begin - p.slab_begin) * p.args.heads_v + head;
+    operands = p.operands + (segment.begin - p.slab_begin) * p.args.heads_v + head;
     v = reinterpret_cast<uint16_t*>(row_at(p.args.v, sequence.batch, token, head)) + channel;
     output =
         reinterpret_cast<uint16_t*>(row_at(p.args.output, sequence.batch, token, head)) + channel;
@@ -332,10 +374,21 @@ struct Rest {
     tokens -= kChunk;
     --chunks;
   }
+
+  MATE_DEVICE Rest last(const Params& p, int count) const {
+    Rest rest = *this;
+    const int64_t skipped = chunks - count;
+    rest.operands += skipped * p.args.heads_v;
+    rest.v += skipped * kChunk * p.args.v.stride[1];
+    rest.output += skipped * kChunk * p.args.output.stride[1];
+    rest.tokens -= static_cast<int>(skipped) * kChunk;
+    rest.chunks = count;
+    return rest;
+  }
 };
 
 // The first chunk of `rest`, if there is one, as one group of copies.
-template <int kSlice>
+template <int kSlice, bool kOutput>
 MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage,
                             Arrival& arrival) {
   using Crew = Crew<kSlice>;
@@ -343,9 +396,9 @@ MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   if (rest.chunks > 0 && copier >= 0) {
     copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
     if (!kBulkCopies) {
-      copy_operands<Crew::kCopiers>(stage.operands, *rest.operands, copier);
+      copy_operands<Crew::kCopiers, kOutput>(stage.operands, *rest.operands, copier);
     } else if (copier == 0) {
-      copy_operands(stage.operands, *rest.operands, arrival);
+      copy_operands<kOutput>(stage.operands, *rest.operands, arrival);
       if (rest.chunks > 1) prefetch_bulk(rest.operands + p.args.heads_v, sizeof(Operands));
     }
   }
@@ -357,14 +410,14 @@ MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
 //   O^T = held_q + V'^T P^T;     S^T <- S^T Diag(decay) + V'^T k_out
 // What writes the state may not be rounded to bf16, because the error goes where no later delta
 // corrects it: V' in two terms.
-template <int32_t kDtype, int kSlice>
+template <int32_t kDtype, int kSlice, bool kOutput>
 MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& stage, int channel,
                             State& s, uint16_t* scratch) {
   using Products = typename Crew<kSlice>::Products;
   const StageOperands& in = stage.operands;
   const typename Products::Memory memory{&in};
   FragA state[kKeyTiles], error[kTokenTiles], high[kTokenTiles], low[kTokenTiles];
-  FragC held[2 * kTokenTiles], added[kTokenTiles];
+  FragC held[kOutput ? 2 * kTokenTiles : kTokenTiles], added[kTokenTiles];
   typename Products::Corrected corrected;
 
   MATE_UNROLL
@@ -396,65 +449,146 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
     for (int t = 0; t < kTokenTiles; ++t) low[t] = form_rest(corrected.tile(t), scratch);
   };
   Products::begin();
-  Products::template lower<1>(added, high, in.P[0], memory);
-  Products::commit();
+  if (kOutput) {
+    Products::template lower<1>(added, high, in.P[0], memory);
+    Products::commit();
+  }
   Products::rows(s.tile, high, low, form_low, in.rows, 2 * kChunk, memory);
   Products::commit();
-  Products::template wait<1>();  // for the output; the state is still being written
-  Products::settle(added);
-  keep_output<kDtype>(held, added, stage, channel);
-  MATE_WARP_BARRIER();
-  store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens, p.output_aligned);
+  if constexpr (kOutput) {
+    Products::template wait<1>();  // the state is still being written
+    Products::settle(added);
+    keep_output<kDtype>(held, added, stage, channel);
+    MATE_WARP_BARRIER();
+    store_output(stage, channel, rest.output, p.args.output.stride[1], rest.tokens,
+                 p.output_aligned);
+  }
   Products::template wait<0>();
   Products::settle(s.tile);
   Products::settle(high);
   Products::settle(low);
 }
 
+// A map is dead when so little is left of it in any warp's rows, and stays so where maps contract.
+constexpr float kDead = 0x1p-26f;
+
+// The sum of |s| over a warp's rows.
+MATE_DEVICE float weigh(const State& s) {
+  float sum[4] = {};
+  MATE_UNROLL
+  for (int t = 0; t < kKeyTiles; ++t) {
+    MATE_UNROLL
+    for (int v = 0; v < 8; ++v) sum[v % 4] += fabsf(s.tile[t].x[v]);
+  }
+  float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  MATE_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) all += shuffle_xor(all, mask);
+  return all;
+}
+
+template <int kOwners>
+MATE_DEVICE bool is_dead(const float (&weight)[kOwners]) {
+  bool dead = true;  // which NaN is not
+  MATE_UNROLL
+  for (int i = 0; i < kOwners; ++i) dead = dead && weight[i] < kDead;
+  return dead;
+}
+
+// What a block's memory needs before the first copy.
+template <int kSlice, int kStages>
+MATE_DEVICE void begin_copies(ScanShared<kSlice, kStages>& shared) {
+  MATE_UNROLL
+  for (int i = 0; i < kStages; ++i) {
+    if (Crew<kSlice>::Products::kWholeMatrices) {
+      clear_upper<Crew<kSlice>::kThreads>(shared.stage[i].operands);
+    }
+    if (thread_index() == Crew<kSlice>::kFirstCopier) prepare_arrival(shared.arrival[i]);
+  }
+  Crew<kSlice>::Products::publish();
+}
+
+// Chunk after chunk, through stages that take turns.
+template <int kSlice, int kStages, bool kOutput>
+struct Walk {
+  ScanShared<kSlice, kStages>& shared;
+  int count;  // of chunks, of all walks of a block
+
+  MATE_DEVICE void copy(const Params& p, const Rest& rest, int ahead) {
+    const int i = (count + ahead) % kStages;
+    copy_chunk<kSlice, kOutput>(p, rest, shared.stage[i], shared.arrival[i]);
+  }
+
+  // All of `rest`; or, if `s` is a map that may die, until it has died: then true comes back. `s`
+  // is of the calling warp's channels; copying warps have none. The first chunk's copies are under
+  // way. Without output, everything in shared memory has been read in the end.
+  template <int32_t kDtype>
+  MATE_DEVICE bool run(const Params& p, Rest rest, State& s, bool may_die = false) {
+    const int warp = thread_index() / 32;
+    const bool owner = warp < Crew<kSlice>::kOwners;
+    uint16_t* const scratch = shared.scratch + warp * kScratch;
+    bool begun = false;
+    for (; rest.chunks > 0; ++count) {
+      Stage<kSlice>& stage = shared.stage[count % kStages];
+      Rest next = rest;
+      next.advance(p);
+      copy_wait<0>();
+      MATE_BARRIER();  // all copies are here, and the other stage has been read
+      const bool dead = !kOutput && may_die && begun && is_dead(shared.weight[(count + 1) % 2]);
+      if (kStages > 1 && !dead) copy(p, next, 1);
+      wait_arrival(shared.arrival[count % kStages], count / kStages);
+      if (dead) {
+        ++count;
+        return true;
+      }
+      if (owner) {
+        walk_chunk<kDtype, kSlice, kOutput>(p, rest, stage, warp * kBlock, s, scratch);
+      }
+      if (!kOutput && may_die && owner) {
+        const float weight = weigh(s);
+        if (lane_index() == 0) shared.weight[count % 2][warp] = weight;
+      }
+      if (kStages == 1) {
+        MATE_BARRIER();
+        copy(p, next, 1);
+      }
+      begun = true;
+      rest = next;
+    }
+    if (kOutput) return false;
+    MATE_BARRIER();
+    return may_die && is_dead(shared.weight[(count + 1) % 2]);
+  }
+};
+
+// ---- the kernel ---------------------------------------------------------------------------------
+
+// Blocks are those of the slots, then those of the sequences, for their last segments.
 template <int32_t kDtype, int kSlice, int kStages>
 MATE_KERNEL(Crew<kSlice>::kThreads, 1)
 scan(const Params p) {
   constexpr int kSlices = kDim / kSlice;
-  using Shared = ScanShared<kSlice, kStages>;
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  auto& shared = *reinterpret_cast<ScanShared<kSlice, kStages>*>(shared_memory());
+  const int64_t unit = block_index() / kSlices / p.args.heads_v;
   const int64_t head = block_index() / kSlices % p.args.heads_v;
-  const Sequence sequence = sequence_at(p, block_index() / kSlices / p.args.heads_v);
   const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
-  const int warp = thread_index() / 32, channel = warp * kBlock;
-  const bool owner = warp < Crew<kSlice>::kOwners;
-  uint16_t* const scratch = shared.scratch + warp * kScratch;
+  const int warp = thread_index() / 32, value = slice + warp * kBlock;
+  const bool owner = warp < Crew<kSlice>::kOwners, last = unit >= p.slots;
 
+  Segment segment;
+  if (last) {
+    segment = last_segment(p, unit - p.slots);
+  } else if (!inner_segment(p, unit, segment)) {
+    return;
+  }
   Rest rest;
-  if (!rest.find(p, sequence, head, slice)) return;
-  if (Crew<kSlice>::Products::kWholeMatrices) {
-    MATE_UNROLL
-    for (int i = 0; i < kStages; ++i) {
-      clear_upper<Crew<kSlice>::kThreads>(shared.stage[i].operands);
-    }
-    Crew<kSlice>::Products::publish();
-  }
-  if (thread_index() == Crew<kSlice>::kFirstCopier) {
-    for (int i = 0; i < kStages; ++i) prepare_arrival(shared.arrival[i]);
-  }
-  copy_chunk(p, rest, shared.stage[0], shared.arrival[0]);
+  if (!rest.find(p, segment, head, slice)) return;
+  begin_copies(shared);
+  Walk<kSlice, kStages, true> walk = {shared, 0};
+  walk.copy(p, rest, 0);
   State s;
-  if (owner) load_state(p, sequence, head, slice + channel, s);
-  for (int n = 0; rest.chunks > 0; ++n) {
-    const int i = n % kStages, after = (n + 1) % kStages;
-    Rest next = rest;
-    next.advance(p);
-    copy_wait<0>();
-    MATE_BARRIER();  // all copies are here, and the other stage has been read
-    if (kStages > 1) copy_chunk(p, next, shared.stage[after], shared.arrival[after]);
-    wait_arrival(shared.arrival[i], n / kStages);
-    if (owner) walk_chunk<kDtype>(p, rest, shared.stage[i], channel, s, scratch);
-    if (kStages == 1) {
-      MATE_BARRIER();
-      copy_chunk(p, next, shared.stage[after], shared.arrival[after]);
-    }
-    rest = next;
-  }
-  if (owner) store_state(p, sequence, head, slice + channel, s);
+  if (owner) load_state(p, segment, head, value, s);
+  walk.template run<kDtype>(p, rest, s);
+  if (owner && last) store_state(p, segment.sequence, head, value, s);
 }
 
 }  // namespace gpu

@@ -93,6 +93,12 @@ MATE_DEVICE void store_element(void* p, int64_t index, int32_t dtype, float x) {
   }
 }
 
+// x in two terms.
+MATE_DEVICE void store_split(uint16_t* high, uint16_t* low, float x) {
+  *high = to_bf16(x);
+  *low = to_bf16(x - from_bits(uint32_t{*high} << 16));
+}
+
 // Four neighbouring channels.
 struct alignas(16) Four {
   float x[4];

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from kda_cases import BOUNDS, Case, draw
@@ -102,3 +103,58 @@ def built(name: str) -> tuple[Case, tuple[Tensor, Tensor]]:
     """A case with its expected output and final state; not to be changed."""
     case = CASES[name]()
     return case, case.reference()
+
+
+def _one_head(T: int, regime: str, **options: Any) -> Case:
+    options = {"Hqk": 1, "Hv": 1, "gate": "softplus", "dtype": bf16} | options
+    return draw(T=T, regime=regime, **options)
+
+
+def _changing(T: int, first: str, second: str) -> Case:
+    """Gates of one regime in a sequence's first half, of another in its second."""
+    halves = [_one_head(T // 2, regime, gate="log") for regime in (first, second)]
+    tensors = dict(halves[0].tensors)
+    for name in ("q", "k", "v", "g", "beta"):
+        tensors[name] = torch.cat([half.tensors[name] for half in halves], dim=1)
+    return Case(tensors, halves[0].options)
+
+
+def _growing(T: int) -> Case:
+    """Raw keys with |k|^2 b up to 3: the map of a token doubles what lies along its key."""
+    options = {"use_qk_l2norm_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
+    case = _one_head(T, "remembering", gate="log", **options)
+    for name in ("q", "k"):
+        x = case.tensors[name]
+        case.tensors[name] = x / x.float().norm(dim=-1, keepdim=True).to(bf16)
+    case.tensors["beta"] = 0.5 * torch.rand_like(case.tensors["beta"])
+    case.tensors["beta"][:, ::61] = 3.0
+    return case
+
+
+def _varlen(T: int) -> Case:
+    """Sequences of none, one and many segments."""
+    lens = [0, T, 3, T // 9, 0, T, 1]
+    return _one_head(0, "remembering", lens=lens)
+
+
+# Sequences that segments are made of, by their length.
+LONG: dict[str, Callable[[int], Case]] = {
+    **{
+        regime: functools.partial(_one_head, regime=regime)
+        for regime in ("forgetting", "remembering", "mixed")
+    },
+    "log": lambda T: _one_head(T, "remembering", gate="log"),
+    "heads": lambda T: _one_head(T, "forgetting", gate="log", Hqk=3, Hv=3),  # from -0.1 to -1.5
+    "remembering-then-forgetting": lambda T: _changing(T, "remembering", "strong"),
+    "forgetting-then-remembering": lambda T: _changing(T, "strong", "remembering"),
+    "erasing": lambda T: _changing(T, "erasing", "remembering"),
+    "negative-eigenvalues": lambda T: _one_head(T, "remembering", allow_neg_eigval=True),
+    "growing": _growing,
+    "key-first": lambda T: _one_head(T, "remembering", state_v_first=False),
+    "bf16-state": lambda T: _with(_one_head(T, "remembering"), initial_state=bf16),
+    "fp16-state-key-first": lambda T: _with(
+        _one_head(T, "remembering", dtype=fp16, state_v_first=False), initial_state=fp16
+    ),
+    "varlen": _varlen,
+    "batch": lambda T: _one_head(T, "remembering", B=2),
+}

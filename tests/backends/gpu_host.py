@@ -32,6 +32,7 @@ def load(target: Path) -> ctypes.CDLL:
     lib = gpu.load(target)
     assert not isinstance(lib, str), lib
     lib.mate_gpu_host_seed.argtypes = [ctypes.c_uint64]
+    lib.mate_gpu_host_operations.restype = ctypes.c_int64
     return lib
 
 

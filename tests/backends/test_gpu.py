@@ -1,10 +1,11 @@
 """The native kernels on a real GPU, through the public operator."""
 
+import functools
 import math
 
 import pytest
 import torch
-from gpu_cases import BOUND, CASES, CORRELATED, built
+from gpu_cases import BOUND, CASES, CORRELATED, LONG, built
 from kda_cases import Case, draw, rel_rms
 from torch import Tensor
 
@@ -47,6 +48,37 @@ def test_slices_and_slabs(heads: int, native: None) -> None:
     """More heads than fit a slab with few chunks, and every width of value slices."""
     case = draw(T=700, Hqk=1, Hv=heads, gate="softplus", regime="remembering", dtype=bf16)
     check(mate.chunk_kda(**on_gpu(case), output_final_state=True), case.reference())
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", LONG)
+def test_segments_side_by_side(name: str, native: None) -> None:
+    """Few heads and long sequences: these are cut."""
+    case = LONG[name](5000)
+    check(mate.chunk_kda(**on_gpu(case), output_final_state=True), case.reference())
+
+
+@needs_gpu
+def test_segments_in_slabs(native: None) -> None:
+    """More chunks than a slab holds."""
+    case = draw(T=70000, Hqk=1, Hv=4, gate="softplus", regime="remembering", dtype=bf16)
+    check(mate.chunk_kda(**on_gpu(case), output_final_state=True), case.reference())
+
+
+@needs_gpu
+def test_a_graph_replays_other_lengths(native: None) -> None:
+    """Where sequences are cut is found on the device."""
+    draw_one = functools.partial(draw, Hqk=1, Hv=2, gate="softplus", dtype=bf16)
+    t = on_gpu(draw_one(lens=[100, 3000, 900], regime="forgetting"))
+    mate.chunk_kda(**t)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = mate.chunk_kda(**t, output_final_state=True)
+    again = draw_one(lens=[4000, 0, 0], regime="remembering", seed=1)
+    for name, x in again.tensors.items():
+        t[name].copy_(x)
+    graph.replay()
+    check(actual, again.reference())
 
 
 @needs_gpu

@@ -14,7 +14,7 @@ from pathlib import Path
 import gpu_host
 import pytest
 import torch
-from gpu_cases import BOUND, CASES, CORRELATED, built
+from gpu_cases import BOUND, CASES, CORRELATED, LONG, built
 from gpu_host import ROOT, call_of, launch, run
 from kda_cases import Case, draw, rel_rms
 
@@ -44,12 +44,40 @@ def few_chunks_a_slab(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(330<<10)")
 
 
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Segments of 3 chunks, however small the call."""
+    folder = tmp_path_factory.mktemp("gpu_host_segments")
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=3")
+
+
+@pytest.fixture(scope="module")
+def segments_of_one(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("gpu_host_segments_of_one")
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=1")
+
+
+@pytest.fixture(scope="module")
+def segments_in_slabs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Of 1 chunk, in slabs of at most 5 of one head; and with CUDA's layout."""
+    folder = tmp_path_factory.mktemp("gpu_host_segments_in_slabs")
+    flags = ["-DMATE_GPU_SLAB_BYTES=(330<<10)", "-DMATE_GPU_HOST_MMA_SYNC"]
+    return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=1", *flags)
+
+
 @pytest.fixture
 def little_shared_memory(lib: ctypes.CDLL) -> Iterator[None]:
     """Blocks may use as much as on sm_86, too little for two stages of any slice."""
     lib.mate_gpu_host_shared_limit(99 << 10)
     yield
     lib.mate_gpu_host_shared_limit(227 << 10)
+
+
+@pytest.fixture
+def little_shared_memory_for_segments(segments: ctypes.CDLL) -> Iterator[None]:
+    segments.mate_gpu_host_shared_limit(99 << 10)
+    yield
+    segments.mate_gpu_host_shared_limit(227 << 10)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +144,108 @@ def test_without_states(lib: ctypes.CDLL) -> None:
     assert untouched.isnan().all()
 
 
+# ---- segments side by side ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_segments(name: str, segments_of_one: ctypes.CDLL) -> None:
+    case, expected = built(name)
+    check(run(segments_of_one, case), expected, CORRELATED.get(name, BOUND))
+
+
+def _huge_state(bits: float) -> Case:
+    """1e4, of which a segment of 3 chunks leaves 2^-bits: 2^-30 and its map is about dead."""
+    case = draw(T=500, Hqk=1, Hv=1, gate="log", dtype=bf16)
+    case.tensors["g"].fill_(-bits / 192 * math.log(2))
+    case.tensors["beta"].fill_(-3.0)  # deltas would forget too
+    case.tensors["initial_state"] *= 1e4
+    return case
+
+
+def _erased_at(*tokens: int) -> Case:
+    """Everything before these tokens is forgotten, else nothing is."""
+    case = draw(T=500, Hqk=1, Hv=1, gate="log", regime="remembering", dtype=bf16)
+    case.tensors["g"][:, list(tokens)] = -torch.inf
+    return case
+
+
+def _edges(*lens: int) -> Case:
+    return draw(lens=list(lens), Hqk=1, Hv=1, gate="softplus", regime="remembering", dtype=bf16)
+
+
+SEGMENTED: dict[str, Callable[[], Case]] = {
+    **{name: functools.partial(make, 500) for name, make in LONG.items()},
+    **{f"huge-state-{bits}": functools.partial(_huge_state, bits) for bits in (16, 28, 30, 32)},
+    "erased-at-the-end": lambda: _erased_at(191, 383),
+    "erased-at-the-start": lambda: _erased_at(0, 192, 385),
+    "erased-midway": lambda: _erased_at(100, 300),
+    "edges": lambda: _edges(448, 128, 576, 129, 449),
+    "many-and-none": lambda: _edges(0, 65, 500, 0, 1, 400, 64, 449, 0),
+}
+
+
+@functools.cache
+def long_case(name: str) -> tuple[Case, tuple]:
+    case = SEGMENTED[name]()
+    return case, case.reference()
+
+
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_long_sequences_in_segments(
+    name: str, segments: ctypes.CDLL, segments_in_slabs: ctypes.CDLL
+) -> None:
+    case, expected = long_case(name)
+    check(run(segments, case), expected)
+    check(run(segments_in_slabs, case), expected)
+
+
+def test_the_host_chooses_segments(lib: ctypes.CDLL) -> None:
+    """On a GPU of some size, for few heads."""
+    case = LONG["remembering"](2000)
+    expected = case.reference()
+    packed, _ = gpu_host.native.pack(call_of(case.tensors, case.options), case.tensors["v"], None)
+    least = lib.mate_gpu_kda_workspace(packed)
+    lib.mate_gpu_host_multiprocessors(132)
+    try:
+        assert lib.mate_gpu_kda_workspace(packed) > least
+        check(run(lib, case), expected)
+    finally:
+        lib.mate_gpu_host_multiprocessors(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "least", "most"),
+    [
+        ("forgetting", "key-first", 0.4, 0.55),  # of 3 chunks M takes 1, B 2
+        ("erased-at-the-end", "key-first", 0.4, 0.55),
+        ("erased-at-the-start", "key-first", 0.6, 0.75),  # M takes 1, B all
+        ("huge-state-28", "key-first", 1.0, 1.0),
+        ("remembering", "key-first", 1.0, 1.0),
+    ],
+)
+def test_dead_maps_are_not_walked(
+    name: str, whole: str, least: float, most: float, segments: ctypes.CDLL, lib: ctypes.CDLL
+) -> None:
+    """What segments cost on top, against a call of the same size that remembers everything."""
+
+    def operations(each: ctypes.CDLL, case: Case) -> int:
+        before = each.mate_gpu_host_operations()
+        run(each, case)
+        return each.mate_gpu_host_operations() - before
+
+    def on_top(name: str) -> int:
+        case, _ = long_case(name)
+        return operations(segments, case) - operations(lib, case)
+
+    assert least <= on_top(name) / on_top(whole) <= most
+
+
+@pytest.mark.usefixtures("little_shared_memory_for_segments")
+def test_segments_in_one_stage(segments: ctypes.CDLL) -> None:
+    case, expected = long_case("remembering")
+    check(run(segments, case), expected)
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 
@@ -180,13 +310,18 @@ def test_state_in_place(state_v_first: bool, lib: ctypes.CDLL) -> None:
     check((output, state), expected)
 
 
-def test_workspace_is_bounded(lib: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("multiprocessors", [4, 40, 132, 304])
+def test_workspace_is_bounded(multiprocessors: int, lib: ctypes.CDLL) -> None:
     """From shapes alone: nothing is launched."""
-    for T, heads in ((1 << 20, 96), (1 << 27, 8), (8192, 128)):
-        x = torch.empty(1, 1, heads, 128, dtype=bf16).expand(1, T, heads, 128)
-        t = {name: x for name in "qkvg"} | {"beta": x[..., 0]}
-        packed, _ = gpu_host.native.pack(call_of(t, {}), x, None)
-        assert 0 < lib.mate_gpu_kda_workspace(packed) <= 256 << 20
+    lib.mate_gpu_host_multiprocessors(multiprocessors)
+    try:
+        for T, heads in ((1 << 20, 96), (1 << 27, 8), (8192, 128), (1 << 20, 32), (1 << 20, 1)):
+            x = torch.empty(1, 1, heads, 128, dtype=bf16).expand(1, T, heads, 128)
+            t = {name: x for name in "qkvg"} | {"beta": x[..., 0]}
+            packed, _ = gpu_host.native.pack(call_of(t, {}), x, None)
+            assert 0 < lib.mate_gpu_kda_workspace(packed) <= 256 << 20
+    finally:
+        lib.mate_gpu_host_multiprocessors(4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -295,23 +430,25 @@ def test_every_order_of_threads_gives_the_same(lib: ctypes.CDLL) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
 
 
-def test_every_barrier_is_needed(lib: ctypes.CDLL) -> None:
+def test_every_barrier_is_needed(lib: ctypes.CDLL, segments: ctypes.CDLL) -> None:
     """Without any one of the source's barriers some order of threads gives wrong numbers."""
+    libs = (segments, lib)
     sites = lib.mate_gpu_host_barriers()
-    assert sites > 10
-    missed = []
+    assert sites > 10 and sites == segments.mate_gpu_host_barriers()
+
+    def caught(site: int, seed: int) -> bool:
+        for each in libs:
+            each.mate_gpu_host_drop_barrier(site)
+            each.mate_gpu_host_seed(seed)
+        whole = all(right(lib, *x) for x in sensitive_cases())
+        return not (whole and right(segments, *long_case("log")))
+
     try:
-        for site in range(sites):
-            lib.mate_gpu_host_drop_barrier(site)
-            for seed in range(12):
-                lib.mate_gpu_host_seed(seed)
-                if not all(right(lib, *x) for x in sensitive_cases()):
-                    break
-            else:
-                missed.append(site)
+        missed = [s for s in range(sites) if not any(caught(s, seed) for seed in range(12))]
     finally:
-        lib.mate_gpu_host_drop_barrier(-1)
-        lib.mate_gpu_host_seed(1)
+        for each in libs:
+            each.mate_gpu_host_drop_barrier(-1)
+            each.mate_gpu_host_seed(1)
     assert not missed
 
 

@@ -16,7 +16,8 @@ namespace host {
 
 const Position* here;
 char* shared;
-int shared_limit = 227 << 10;
+int multiprocessors = 4, shared_limit = 227 << 10;
+int64_t collectives;
 
 namespace {
 
@@ -182,6 +183,7 @@ void collective(void (*body)(void* const*), void* mine) {
   warp.lanes[here->thread % 32] = mine;
   if (++warp.arrived < 32) return give_way(true);
   warp.arrived = 0;
+  ++collectives;
   body(warp.lanes);
   for (int i = here->thread / 32 * 32, end = i + 32; i < end; ++i) {
     if (i != here->thread) make_ready(i);
@@ -266,8 +268,14 @@ const char* error() { return message; }
 // The order in which fibres run.
 MATE_EXPORT void mate_gpu_host_seed(uint64_t seed) { mate::gpu::host::seed = seed; }
 
-// Another GPU's size: blocks may use as many bytes of shared memory.
+// Another GPU's size: multiprocessors; blocks may use as many bytes of shared memory.
+MATE_EXPORT void mate_gpu_host_multiprocessors(int count) {
+  mate::gpu::host::multiprocessors = count;
+}
 MATE_EXPORT void mate_gpu_host_shared_limit(int bytes) { mate::gpu::host::shared_limit = bytes; }
+
+// Operations of whole warps until now: how much work there was.
+MATE_EXPORT int64_t mate_gpu_host_operations(void) { return mate::gpu::host::collectives; }
 
 // Leaves out every barrier of one site of the source; negative: none.
 MATE_EXPORT void mate_gpu_host_drop_barrier(int site) {

@@ -31,7 +31,7 @@ extern char* shared;
 
 // `site` tells one barrier of the source from another; kNoSite cannot be dropped.
 constexpr int kNoSite = -1;
-extern int shared_limit;  // bytes a block
+extern int multiprocessors, shared_limit;  // the latter: bytes a block
 void block_barrier(int site);
 void warp_barrier(int site);
 // The last lane to arrive runs body(all 32 lanes' data).
@@ -348,7 +348,7 @@ inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
 }
 
 inline bool group_products() { return false; }
-inline int multiprocessors() { return 4; }
+inline int multiprocessors() { return host::multiprocessors; }
 inline int shared_limit() { return host::shared_limit; }
 inline const char* last_error() { return host::error(); }
 

@@ -97,7 +97,8 @@ struct GroupProducts {
 
   using Memory = OperandMemory;
 
-  MATE_DEVICE static void columns(FragC (&c)[8], const FragA (&a)[8], const uint16_t* operands,
+  template <int kTiles>
+  MATE_DEVICE static void columns(FragC (&c)[kTiles], const FragA (&a)[8], const uint16_t* operands,
                                   const Memory& memory) {
     const Place place = memory.at(operands, kRowsOf128);
     MATE_UNROLL
