@@ -10,7 +10,7 @@ namespace gpu {
 constexpr int kPrepareThreads = kTokenTiles * 32;  // a warp a tile of tokens
 constexpr int kPrepareBlocks = 3;                  // that a multiprocessor shall have room for
 constexpr int kLane = kDim / 32;                   // channels a lane: kLane * lane and the next
-constexpr int kStep = 8;                           // tokens at a time
+constexpr int kStep = 4;                           // tokens at a time
 constexpr float kNormEps = 1e-6f;
 constexpr float kLog2e = 1.44269504f;
 // Log-decays are in bits. Below this one a token erases whatever fp32 can hold.
