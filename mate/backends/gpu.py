@@ -4,6 +4,7 @@ The C interface is ``csrc/include/mate/gpu.h``. Kernels run on PyTorch's current
 workspace comes from PyTorch's allocator. Nothing waits for the device.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -53,6 +54,17 @@ def library(device_type: str) -> ctypes.CDLL | str:
     return load(path)
 
 
+@functools.cache
+def _unfit(index: int | None) -> str | None:
+    """Why the kernels do not run on a CUDA device; asked once."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the cuda kernels need compute capability 8.0, not {major}.{minor}"
+    return None
+
+
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve a call; None when it can."""
     if torch.version.hip:
@@ -62,10 +74,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     lib = library(device.type)
     if isinstance(lib, str):
         return lib
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"the cuda kernels need compute capability 8.0, not {capability[0]}.{capability[1]}"
-    return None
+    return _unfit(device.index)
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -77,7 +86,8 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
-    with torch.cuda.device(device):
+    here = device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
         packed, keep = pack(call, output, final_state)
         size = max(0, lib.mate_gpu_kda_workspace(packed))
         # PyTorch gives memory back to work queued on the same stream only, so that both may be
