@@ -167,20 +167,31 @@ struct State {
   FragC tile[kKeyTiles];
 };
 
-// {row of the tensor, column} of value channel `row` and key channel `column`
-MATE_DEVICE char* state_row(const Params& p, const mate_tensor& x, int64_t sequence, int64_t head,
-                            int value, int key, int& column) {
-  const bool v_first = p.args.flags & MATE_STATE_V_FIRST;
-  column = v_first ? key : value;
-  return row_at(x, sequence, head, v_first ? value : key);
-}
-
 template <class Element>
 MATE_DEVICE void each_element(const Element& element, int value) {
   MATE_UNROLL
   for (int t = 0; t < kKeyTiles; ++t) {
     MATE_UNROLL
     for (int v = 0; v < 8; ++v) element(t, v, value + row_of(v), t * kBlock + column_of(v));
+  }
+}
+
+// element(t, v, its address) of a caller's state, for the warp's value channels from `value` on.
+template <class Element>
+MATE_DEVICE void each_address(const Params& p, const mate_tensor& x, int64_t sequence, int64_t head,
+                              int value, const Element& element) {
+  const bool v_first = p.args.flags & MATE_STATE_V_FIRST;
+  const int64_t size = element_size(x.dtype), step = kBlock * size * (v_first ? 1 : x.stride[2]);
+  char* at[8];
+  MATE_UNROLL
+  for (int v = 0; v < 8; ++v) {
+    const int row = value + row_of(v), key = column_of(v);
+    at[v] = row_at(x, sequence, head, v_first ? row : key) + (v_first ? key : row) * size;
+  }
+  MATE_UNROLL
+  for (int t = 0; t < kKeyTiles; ++t) {
+    MATE_UNROLL
+    for (int v = 0; v < 8; ++v) element(t, v, at[v] + t * step);
   }
 }
 
@@ -214,13 +225,9 @@ MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t hea
     each_element([&](int t, int v, int row, int key) { s.tile[t].x[v] = carry[row * kDim + key]; },
                  value);
   } else if (initial.data) {
-    each_element(
-        [&](int t, int v, int row, int key) {
-          int column;
-          const char* from = state_row(p, initial, sequence.index, head, row, key, column);
-          s.tile[t].x[v] = load_element(from, column, initial.dtype);
-        },
-        value);
+    each_address(p, initial, sequence.index, head, value, [&](int t, int v, const char* from) {
+      s.tile[t].x[v] = load_element(from, 0, initial.dtype);
+    });
   } else {
     each_element([&](int t, int v, int, int) { s.tile[t].x[v] = 0.0f; }, value);
   }
@@ -235,13 +242,9 @@ MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t 
     each_element([&](int t, int v, int row, int key) { carry[row * kDim + key] = s.tile[t].x[v]; },
                  value);
   } else if (final_state.data) {
-    each_element(
-        [&](int t, int v, int row, int key) {
-          int column;
-          char* to = state_row(p, final_state, sequence.index, head, row, key, column);
-          store_element(to, column, final_state.dtype, s.tile[t].x[v]);
-        },
-        value);
+    each_address(p, final_state, sequence.index, head, value, [&](int t, int v, char* to) {
+      store_element(to, 0, final_state.dtype, s.tile[t].x[v]);
+    });
   }
 }
 
