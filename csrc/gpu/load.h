@@ -10,7 +10,7 @@ namespace gpu {
 constexpr int kPrepareThreads = kTokenTiles * 32;  // a warp a tile of tokens
 constexpr int kPrepareBlocks = 3;                  // that a multiprocessor shall have room for
 constexpr int kLane = kDim / 32;                   // channels a lane: kLane * lane and the next
-constexpr int kStep = 4;                           // tokens at a time
+constexpr int kStep = 4;                           // tokens at a time: FourRows
 constexpr float kNormEps = 1e-6f;
 constexpr float kLog2e = 1.44269504f;
 // Log-decays are in bits. Below this one a token erases whatever fp32 can hold.
@@ -20,13 +20,12 @@ constexpr float kErased = -160.0f;
 struct TileShared {
   uint16_t q[kBlock * kDim], k[kBlock * kDim];  // as the caller gave them; then rows of products
   union {
-    float sums[kBlock][kDim];  // of log-decays, from the tile's first token on
+    float sums[2][kBlock][kDim / 2];  // of log-decays, from the tile's first token on
     struct {
-      uint16_t near[kDim], far[kDim];
-    } columns[kBlock];  // of products, see prepare.h; `far` is where 16-bit g arrives
+      uint16_t near[kBlock * kDim], far[kBlock * kDim];  // columns of products, see prepare.h
+    };  // each row takes the place of a half of its token's sums; `far` is where 16-bit g arrives
   };
 };
-using Columns = Tile<kDim, 2 * kDim>;
 
 struct PrepareShared {
   union {
@@ -52,13 +51,16 @@ struct Tokens {
 };
 
 MATE_DEVICE int lane_channel() { return lane_index() * kLane; }
+MATE_DEVICE float* lane_sums(const TileShared& tile, int token) {
+  const int channel = lane_channel(), half = kDim / 2;
+  return const_cast<float*>(&tile.sums[channel / half][token][channel % half]);
+}
 
 // ---- fetching -----------------------------------------------------------------------------------
 
 // Rows of 16-bit numbers, 16 bytes a lane; those of absent tokens are zeros.
-template <class Rows>
 MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t, int64_t head,
-                            const Rows& to) {
+                            const Tile<kDim>& to) {
   const int column = lane_index() % 16 * 8, odd = lane_index() / 16;
   const int64_t stride = x.stride[1] * 2;
   const char* from = row_at(x, t.batch, t.token, head) + odd * stride + column * 2;
@@ -84,7 +86,7 @@ MATE_DEVICE void fetch_g32(const Params& p, const Tokens& t, TileShared& tile) {
   const char* from = row_at(p.args.g, t.batch, t.token, t.head) + lane_channel() * 4;
   MATE_NO_UNROLL
   for (int row = 0; row < kBlock; ++row) {
-    float* to = &tile.sums[row][lane_channel()];
+    float* to = lane_sums(tile, row);
     if (p.g_aligned) {
       copy_async(to, from, row < t.count);
     } else {
@@ -217,13 +219,18 @@ struct Gate {
     }
   }
 
-  // `present` is 0 for absent tokens, else 1.
-  MATE_DEVICE float bits(float g, int c, float present) const {
+  // The factor of all of a token's channels; absent tokens decay nothing.
+  MATE_DEVICE float factor(bool present) const {
+    return !present                      ? 0.0f
+           : kGate == MATE_GATE_BOUNDED  ? bound
+           : kGate == MATE_GATE_SOFTPLUS ? rate
+                                         : kLog2e;
+  }
+  MATE_DEVICE float bits(float g, int c, float factor) const {
     if (kGate == MATE_GATE_BOUNDED) {
-      return present * bound * fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
+      return factor * fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
     }
-    const float x =
-        present * (kGate == MATE_GATE_SOFTPLUS ? rate * softplus(g + bias[c]) : g * kLog2e);
+    const float x = factor * (kGate == MATE_GATE_SOFTPLUS ? softplus(g + bias[c]) : g);
     return x < kErased ? kErased : x;  // and NaN stays NaN
   }
 };
@@ -233,25 +240,24 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, T
   const Gate<kGate> gate(p, x);
   const bool wide = p.args.g.dtype == MATE_FLOAT32;
   Four sum = {};
+  FourRows<kDim> rows(lane_channel());
   MATE_NO_UNROLL
-  for (int step = 0; step < kBlock / kStep; ++step) {
-    const int i = step * kStep;
+  for (int i = 0; i < kBlock; i += kStep, rows.advance()) {
     Four g[kStep];
     if (wide) {
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = load_four(&tile.sums[i + r][lane_channel()]);
+      for (int r = 0; r < kStep; ++r) g[r] = load_four(lane_sums(tile, i + r));
     } else {
-      const Columns rows{tile.columns[0].far};
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(i + r, lane_channel()));
+      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(tile.far + rows.at[r]);
     }
     MATE_WARP_BARRIER();  // sums go to where other lanes' g was
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      const float present = i + r < t.count ? 1.0f : 0.0f;
+      const float factor = gate.factor(i + r < t.count);
       MATE_UNROLL
-      for (int c = 0; c < kLane; ++c) sum.x[c] += gate.bits(g[r].x[c], c, present);
-      store_four(&tile.sums[i + r][lane_channel()], sum);
+      for (int c = 0; c < kLane; ++c) sum.x[c] += gate.bits(g[r].x[c], c, factor);
+      store_four(lane_sums(tile, i + r), sum);
     }
   }
   return sum;

@@ -21,19 +21,16 @@ constexpr float kSafe =
 // What the lane's channels decay by: sums over whole tiles, in bits.
 struct Decays {
   Four tile, before, after;  // over this tile, those before it, those after it
-  Four far;                  // of the tile between this one and those that far products join it to
+  Four far;                  // of tile 1 for tile 0, of 2 for 3: between these and their far ones
 };
 
-MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
-  Decays d = {};
-  MATE_UNROLL
-  for (int i = 0; i < kTokenTiles; ++i) {
-    const Four x = load_four(&shared.total[i][lane_channel()]);
-    if (i < warp) d.before = d.before + x;
-    if (i == warp) d.tile = x;
-    if (i > warp) d.after = d.after + x;
-    if (i == 1 || i == 2) d.far = (i == 1) == (warp == 0) ? x : d.far;  // of 1 for 0, of 2 for 3
-  }
+MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp, const Four& tile) {
+  const auto total = [&](int i) { return load_four(&shared.total[i][lane_channel()]); };
+  Decays d = {tile, {}, {}, total(warp == 0 ? 1 : 2)};
+  MATE_NO_UNROLL
+  for (int i = 0; i < warp; ++i) d.before = d.before + total(i);
+  MATE_NO_UNROLL
+  for (int i = warp + 1; i < kTokenTiles; ++i) d.after = d.after + total(i);
   return d;
 }
 
@@ -45,48 +42,44 @@ MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
 // Tokens 32..63 meet 0..31 in one step, with the decays of tiles 1 and 2 on the outer ones' side:
 // in `extra` and the last tile's `far`.
 template <int32_t kDtype>
-MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareShared& shared,
-                               Operands& out) {
-  const int warp = t.first / kBlock;
+MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, bool by_pairs,
+                               PrepareShared& shared, Operands& out) {
+  const int warp = t.first / kBlock, channel = lane_channel();
   TileShared& tile = shared.tile[warp];
-  const Four before = fast_exp2(decays.before), after = fast_exp2(decays.after);
-  const Four far = fast_exp2(decays.far);
-  const Tile<kDim> rows_q{tile.q}, rows_k{tile.k}, extra_k{shared.extra[0]},
-      extra_q{shared.extra[1]};
-  const Columns near_columns{tile.columns[0].near}, far_columns{tile.columns[0].far};
-  const int channel = lane_channel();
-  const Tile<kPanel> panel = OperandRows{out.rows}.panel(channel);
+  uint16_t* const extra = shared.extra[warp == 0 ? 0 : 1];
+  const Four over_tile = fast_exp2(decays.tile), before = fast_exp2(decays.before),
+             after = fast_exp2(decays.after), far = fast_exp2(decays.far);
+  uint16_t* const panel = OperandRows{out.rows}.panel(channel).at(t.first, 0);
+  FourRows<kDim> rows(channel);
+  FourRows<kPanel> out_rows(channel % kPanel);
   MATE_NO_UNROLL
-  for (int step = 0; step < kBlock / kStep; ++step) {
-    const int first = step * kStep;
-    Four sums[kStep], k_norm[kStep / 4], q_norm[kStep / 4];
+  for (int first = 0; first < kBlock; first += kStep, rows.advance(), out_rows.advance()) {
+    Four sums[kStep];
     MATE_UNROLL
-    for (int r = 0; r < kStep; ++r) sums[r] = load_four(&tile.sums[first + r][channel]);
-    MATE_UNROLL
-    for (int r = 0; r < kStep / 4; ++r) {
-      k_norm[r] = load_four(&shared.k_norm[t.first + first + r * 4]);
-      q_norm[r] = load_four(&shared.q_norm[t.first + first + r * 4]);
-    }
+    for (int r = 0; r < kStep; ++r) sums[r] = load_four(lane_sums(tile, first + r));
+    const Four k_norm = load_four(&shared.k_norm[t.first + first]);
+    const Four q_norm = load_four(&shared.q_norm[t.first + first]);
     MATE_WARP_BARRIER();  // columns go to where other lanes' sums were
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      const int i = first + r;
-      const Four G = sums[r];
-      const Four in = fast_exp2(G);
-      const Four k = unpack_four<kDtype>(rows_k.at(i, channel)) * k_norm[r / 4].x[r % 4];
-      const Four q = unpack_four<kDtype>(rows_q.at(i, channel)) * q_norm[r / 4].x[r % 4];
-      const Four k_in = k * in, q_in = q * in, k_out = k * fast_exp2(decays.tile - G);
-      store_bf16(rows_k.at(i, channel), k_in);
-      store_bf16(rows_q.at(i, channel), q_in);
-      store_bf16(near_columns.at(i, channel), k * fast_exp2(-G));
+      const int at = rows.at[r];
+      const Four G = sums[r], in = fast_exp2(G);
+      const Four k = unpack_four<kDtype>(tile.k + at) * k_norm.x[r];
+      const Four q = unpack_four<kDtype>(tile.q + at) * q_norm.x[r];
+      const Four k_in = k * in, q_in = q * in, near = k * fast_exp2(-G);
+      Four k_out = near * over_tile;
+      if (by_pairs) k_out = k * fast_exp2(decays.tile - G);  // e^-G may be Inf
+      store_bf16(tile.k + at, k_in);
+      store_bf16(tile.q + at, q_in);
+      store_bf16(tile.near + at, near);
       if (warp < 3) {
-        store_bf16(far_columns.at(i, channel), k_out);
-        if (warp == 0) store_bf16(extra_k.at(i, channel), k_out * far);
+        store_bf16(tile.far + at, k_out);
+        if (warp == 0) store_bf16(extra + at, k_out * far);
       } else {
-        store_bf16(far_columns.at(i, channel), k_in * far);
-        store_bf16(extra_q.at(i, channel), q_in * far);
+        store_bf16(tile.far + at, k_in * far);
+        store_bf16(extra + at, q_in * far);
       }
-      uint16_t* row = panel.at(t.first + i, channel % kPanel);
+      uint16_t* row = panel + out_rows.at[r];
       store_bf16(row, k_in * before);
       store_bf16(row + kChunk * kPanel, q_in * before);
       store_bf16(row + 2 * kChunk * kPanel, k_out * after);
@@ -126,11 +119,11 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
   for (int i = 0; i < kBlock; ++i) {
     const Four k_i = row(tile.k, i) * shared.k_norm[t.first + i];
     const Four q_i = row(tile.q, i) * shared.q_norm[t.first + i];
-    const Four G_i = load_four(&tile.sums[i][channel]);
+    const Four G_i = load_four(lane_sums(tile, i));
     MATE_NO_UNROLL
     for (int j = 0; j <= i; ++j) {
       const Four k_j = row(tile.k, j) * shared.k_norm[t.first + j] *
-                       fast_exp2(G_i - load_four(&tile.sums[j][channel]));
+                       fast_exp2(G_i - load_four(lane_sums(tile, j)));
       float l = 0.0f, p = 0.0f;
       MATE_UNROLL
       for (int n = 0; n < kLane; ++n) {
@@ -228,7 +221,7 @@ prepare(const Params p) {
   if (p.args.g.dtype == MATE_FLOAT32) {
     fetch_g32(p, t, tile);
   } else {
-    fetch_rows(p.args.g, p.g_aligned, t, t.head, Columns{tile.columns[0].far});
+    fetch_rows(p.args.g, p.g_aligned, t, t.head, Tile<kDim>{tile.far});
   }
   copy_commit();
   const int64_t head_qk = t.head / (p.args.heads_v / p.args.heads_qk);
@@ -248,14 +241,14 @@ prepare(const Params p) {
   const bool by_pairs = any_below(total, kSafe);
   Products own, near, far[2];
   if (by_pairs) own = multiply_pairs<kDtype>(t, shared);
-  const Decays decays = find_decays(shared, warp);
-  form_operands<kDtype>(t, decays, shared, out);
+  const Decays decays = find_decays(shared, warp, total);
+  form_operands<kDtype>(t, decays, by_pairs, shared, out);
   if (warp == 0) store_four(out.decay + lane_channel(), fast_exp2(decays.tile + decays.after));
   MATE_BARRIER();
 
   const Tile<kDim> k{tile.k}, q{tile.q};
-  const auto columns = [&](int i) { return Columns{shared.tile[i].columns[0].far}; };
-  if (!by_pairs) own = multiply_tiles(k, q, Columns{tile.columns[0].near});
+  const auto columns = [&](int i) { return Tile<kDim>{shared.tile[i].far}; };
+  if (!by_pairs) own = multiply_tiles(k, q, Tile<kDim>{tile.near});
   if (warp % 2) near = multiply_tiles(k, q, columns(warp - 1));
   if (warp == 2) {
     far[0] = multiply_tiles(k, q, Tile<kDim>{shared.extra[0]});

@@ -6,10 +6,10 @@
 namespace mate {
 namespace gpu {
 
-// Rows of kColumns numbers, kStride apart. Pieces of 8 are permuted within a row, so that the same
+// Rows of kColumns numbers. Pieces of 8 are permuted within a row, so that the same
 // piece of 8 neighbouring rows, which is what a product's operand is loaded from, lies in different
 // banks.
-template <int kColumns, int kStride = kColumns>
+template <int kColumns>
 struct Tile {
   static constexpr int kPieces = kColumns / 8;
   uint16_t* data;
@@ -18,7 +18,7 @@ struct Tile {
 
   MATE_DEVICE static unsigned place(unsigned row, unsigned column) {
     const unsigned turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
-    return row * kStride + (column ^ turn * 8);
+    return row * kColumns + (column ^ turn * 8);
   }
   MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
     return data + place(row, column);
@@ -28,7 +28,7 @@ struct Tile {
   // depends on the lane stands apart from what depends on the block, which is mostly known to the
   // compiler.
   MATE_DEVICE uint16_t* in_block(unsigned row, unsigned column, unsigned r, unsigned c) const {
-    return data + ((place(r, c) ^ column) + row * kStride);
+    return data + ((place(r, c) ^ column) + row * kColumns);
   }
 };
 
@@ -53,6 +53,24 @@ struct Panels {
 };
 
 using OperandRows = Panels<kOperandRows>;
+
+// Where a column lies in four rows at a time of a Tile<kColumns>, from the first row on.
+template <int kColumns>
+struct FourRows {
+  unsigned at[4];
+  unsigned turn;  // of pieces, from rows 8 i + r to rows 8 i + 4 + r; back from there to the next
+
+  MATE_DEVICE explicit FourRows(unsigned column) : turn(column & 32 ? -32u : 32u) {
+    static_assert(Tile<kColumns>::kPieces >= 8, "rows take eight turns");
+    MATE_UNROLL
+    for (unsigned r = 0; r < 4; ++r) at[r] = Tile<kColumns>::place(r, column);
+  }
+  MATE_DEVICE void advance() {
+    MATE_UNROLL
+    for (unsigned& place : at) place += 4 * kColumns + turn;
+    turn = -turn;
+  }
+};
 
 struct alignas(16) Eight {
   uint32_t x[4];  // 16-bit numbers, two in each
