@@ -36,7 +36,7 @@ struct PrepareShared {
     struct {  // once all products are done; Tile<kChunk>
       uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
       uint16_t L_high[kChunk * kChunk], L_low[kChunk * kChunk];  // below the diagonal tiles
-      float L[kTokenTiles][kBlock][kBlock];                      // those
+      float L[kTokenTiles][kBlock][kBlock], T[kTokenTiles][kBlock][kBlock];  // of those
     };
   };
   float total[kTokenTiles][kDim];  // sums over whole tiles
@@ -249,7 +249,7 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, T
       for (int r = 0; r < kStep; ++r) g[r] = load_four(lane_sums(tile, i + r));
     } else {
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(tile.far + rows.at[r]);
+      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(tile.far, r));
     }
     MATE_WARP_BARRIER();  // sums go to where other lanes' g was
     MATE_UNROLL

@@ -62,24 +62,24 @@ MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, bool by_pa
     MATE_WARP_BARRIER();  // columns go to where other lanes' sums were
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      const int at = rows.at[r];
+      const auto at = [&](const uint16_t* matrix) { return rows.at(matrix, r); };
       const Four G = sums[r], in = fast_exp2(G);
-      const Four k = unpack_four<kDtype>(tile.k + at) * k_norm.x[r];
-      const Four q = unpack_four<kDtype>(tile.q + at) * q_norm.x[r];
+      const Four k = unpack_four<kDtype>(at(tile.k)) * k_norm.x[r];
+      const Four q = unpack_four<kDtype>(at(tile.q)) * q_norm.x[r];
       const Four k_in = k * in, q_in = q * in, near = k * fast_exp2(-G);
       Four k_out = near * over_tile;
       if (by_pairs) k_out = k * fast_exp2(decays.tile - G);  // e^-G may be Inf
-      store_bf16(tile.k + at, k_in);
-      store_bf16(tile.q + at, q_in);
-      store_bf16(tile.near + at, near);
+      store_bf16(at(tile.k), k_in);
+      store_bf16(at(tile.q), q_in);
+      store_bf16(at(tile.near), near);
       if (warp < 3) {
-        store_bf16(tile.far + at, k_out);
-        if (warp == 0) store_bf16(extra + at, k_out * far);
+        store_bf16(at(tile.far), k_out);
+        if (warp == 0) store_bf16(at(extra), k_out * far);
       } else {
-        store_bf16(tile.far + at, k_in * far);
-        store_bf16(extra + at, q_in * far);
+        store_bf16(at(tile.far), k_in * far);
+        store_bf16(at(extra), q_in * far);
       }
-      uint16_t* row = panel + out_rows.at[r];
+      uint16_t* row = out_rows.at(panel, r);
       store_bf16(row, k_in * before);
       store_bf16(row + kChunk * kPanel, q_in * before);
       store_bf16(row + 2 * kChunk * kPanel, k_out * after);
@@ -148,23 +148,20 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
 
 // A tile off the diagonal.
 MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const Products& c) {
-  MATE_UNROLL
-  for (int v = 0; v < 8; ++v) {
-    const int row = i * kBlock + row_of(v), column = j * kBlock + column_of(v);
-    store_split(Tile<kChunk>{shared.L_high}.at(row, column),
-                Tile<kChunk>{shared.L_low}.at(row, column), c.L.x[v]);
-    *Tile<kChunk>{shared.P}.at(row, column) = to_bf16(c.P.x[v]);
-  }
+  const int row = i * kBlock, column = j * kBlock;
+  const Split L = split(c.L);
+  store_c_rows(L.high, Tile<kChunk>{shared.L_high}, row, column);
+  store_c_rows(L.low, Tile<kChunk>{shared.L_low}, row, column);
+  store_c_rows(rounded(c.P).both, Tile<kChunk>{shared.P}, row, column);
 }
 
-MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, const Products& c) {
+MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, Products& c) {
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
-    const int row = row_of(v), column = column_of(v);
-    shared.L[i][row][column] = c.L.x[v];
-    *Tile<kChunk>{shared.P}.at(i * kBlock + row, i * kBlock + column) =
-        to_bf16(row < column ? 0.0f : c.P.x[v]);
+    shared.L[i][row_of(v)][column_of(v)] = c.L.x[v];
+    if (row_of(v) < column_of(v)) c.P.x[v] = 0.0f;
   }
+  store_c_rows(rounded(c.P).both, Tile<kChunk>{shared.P}, i * kBlock, i * kBlock);
 }
 
 MATE_DEVICE bool any_below(const Four& x, float bound) {
@@ -178,20 +175,17 @@ MATE_DEVICE bool any_below(const Four& x, float bound) {
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
+// A warp a row of tiles, a lane half a row of each.
+MATE_DEVICE void store_matrices(const PrepareShared& shared, int warp, Operands& out) {
+  const int row = lane_index() / 2, half = lane_index() % 2 * 8;
+  const int at = Tile<kBlock>::place(row, half) + warp * kTileSize;
   MATE_UNROLL
-  for (int first = 0; first < kLowerSize / 8; first += kPrepareThreads) {
-    const int i = first + thread_index();
-    if (i >= kLowerSize / 8) return;
-    const int tile = i / (kTileSize / 8), row = i % (kTileSize / 8) / 2, half = i % 2 * 8;
-    int column = 0;
-    MATE_UNROLL
-    for (int j = 1; j < kTokenTiles; ++j) column += tile >= lower_tile(j, j);
-    const int above = tile - lower_tile(column, column) + column;
-    const int from = Tile<kChunk>::place(above * kBlock + row, column * kBlock + half);
-    const int to = tile * kTileSize + Tile<kBlock>::place(row, half);
+  for (int column = 0; column < kTokenTiles; ++column) {
+    if (column > warp) return;
     const auto copy = [&](const uint16_t* source, uint16_t* target) {
-      *reinterpret_cast<Eight*>(target + to) = *reinterpret_cast<const Eight*>(source + from);
+      *reinterpret_cast<Eight*>(target + at + (lower_tile(column, column) - column) * kTileSize) =
+          *reinterpret_cast<const Eight*>(
+              Tile<kChunk>{source}.in_block(warp * kBlock, column * kBlock, row, half));
     };
     copy(shared.T_high, out.T_high);
     copy(shared.T_low, out.T_low);
@@ -267,7 +261,7 @@ prepare(const Params p) {
   }
   MATE_WARP_BARRIER();
   invert(shared);
-  store_matrices(shared, out);
+  store_matrices(shared, warp, out);
 }
 
 }  // namespace gpu

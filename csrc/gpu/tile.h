@@ -57,17 +57,21 @@ using OperandRows = Panels<kOperandRows>;
 // Where a column lies in four rows at a time of a Tile<kColumns>, from the first row on.
 template <int kColumns>
 struct FourRows {
-  unsigned at[4];
+  unsigned bytes[4];
   unsigned turn;  // of pieces, from rows 8 i + r to rows 8 i + 4 + r; back from there to the next
 
-  MATE_DEVICE explicit FourRows(unsigned column) : turn(column & 32 ? -32u : 32u) {
+  MATE_DEVICE explicit FourRows(unsigned column) : turn(column & 32 ? -64u : 64u) {
     static_assert(Tile<kColumns>::kPieces >= 8, "rows take eight turns");
     MATE_UNROLL
-    for (unsigned r = 0; r < 4; ++r) at[r] = Tile<kColumns>::place(r, column);
+    for (unsigned r = 0; r < 4; ++r) bytes[r] = Tile<kColumns>::place(r, column) * 2;
+  }
+  MATE_DEVICE uint16_t* at(const uint16_t* tile, int r) const {
+    char* from = const_cast<char*>(reinterpret_cast<const char*>(tile));
+    return reinterpret_cast<uint16_t*>(from + bytes[r]);
   }
   MATE_DEVICE void advance() {
     MATE_UNROLL
-    for (unsigned& place : at) place += 4 * kColumns + turn;
+    for (unsigned& place : bytes) place += 4 * kColumns * 2 + turn;
     turn = -turn;
   }
 };
@@ -109,6 +113,32 @@ MATE_DEVICE void store_element(void* p, int64_t index, int32_t dtype, float x) {
   } else {
     static_cast<uint16_t*>(p)[index] = dtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
   }
+}
+
+// An accumulator in two terms, elements 2 i and 2 i + 1 together.
+struct Split {
+  uint32_t high[4], low[4];
+};
+MATE_DEVICE void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack_bf16(x, y);
+  low = pack_bf16(x - from_bits(high << 16), y - from_bits(high & 0xffff0000u));
+}
+MATE_DEVICE Split split(const FragC& c) {
+  Split s;
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) split_pair(c.x[2 * i], c.x[2 * i + 1], s.high[i], s.low[i]);
+  return s;
+}
+
+// And in one.
+struct Rounded {
+  uint32_t both[4];
+};
+MATE_DEVICE Rounded rounded(const FragC& c) {
+  Rounded x;
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) x.both[i] = pack_bf16(c.x[2 * i], c.x[2 * i + 1]);
+  return x;
 }
 
 // x in two terms.
