@@ -46,8 +46,9 @@ struct PrepareShared {
 
 // A warp's tokens in the caller's tensors.
 struct Tokens {
-  int64_t batch, token, head;  // the first one; value head
-  int first, count;            // in the chunk; as many are present, at most kBlock
+  int64_t token;         // the first one
+  uint32_t batch, head;  // value head
+  int first, count;      // in the chunk; as many are present, at most kBlock
 };
 
 MATE_DEVICE int lane_channel() { return lane_index() * kLane; }
@@ -58,25 +59,36 @@ MATE_DEVICE float* lane_sums(const TileShared& tile, int token) {
 
 // ---- fetching -----------------------------------------------------------------------------------
 
-// Rows of 16-bit numbers, 16 bytes a lane; those of absent tokens are zeros.
-MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t, int64_t head,
-                            const Tile<kDim>& to) {
-  const int column = lane_index() % 16 * 8, odd = lane_index() / 16;
-  const int64_t stride = x.stride[1] * 2;
-  const char* from = row_at(x, t.batch, t.token, head) + odd * stride + column * 2;
+// What is alike in fetching rows of any tensor: two at a time, 16 bytes a lane.
+struct RowPlaces {
+  int odd, column;    // the lane's
+  unsigned bytes[4];  // where rows 0, 2, 4, 6, or those after them, go to in a tile
+
+  MATE_DEVICE RowPlaces() : odd(lane_index() / 16), column(lane_index() % 16 * 8) {
+    MATE_UNROLL
+    for (int i = 0; i < 4; ++i) bytes[i] = Tile<kDim>::place(2 * i | odd, column) * 2;
+  }
+};
+
+// Rows of 16-bit numbers; those of absent tokens are zeros.
+MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t, uint32_t head,
+                            const RowPlaces& places, uint16_t* tile) {
+  const int64_t offset = offset_of(x, t.batch, t.token + places.odd, head) + places.column;
+  const uint16_t* from = static_cast<const uint16_t*>(x.data) + offset;
+  const int64_t step = 2 * x.stride[1];
+  const int left = t.count - places.odd;
+  const auto to = [&](int row) {
+    return reinterpret_cast<char*>(tile) + places.bytes[row / 2 % 4] + row / 8 * 8 * kDim * 2;
+  };
   if (aligned) {
     MATE_UNROLL
-    for (int row = 0; row < kBlock; row += 2) {
-      copy_async(to.at(row | odd, column), from, (row | odd) < t.count);
-      from += 2 * stride;
-    }
+    for (int row = 0; row < kBlock; row += 2, from += step) copy_async(to(row), from, row < left);
     return;
   }
   MATE_NO_UNROLL
-  for (int row = odd; row < kBlock; row += 2) {
-    *reinterpret_cast<Eight*>(to.at(row, column)) =
-        row < t.count ? load_eight(from, 0, false) : Eight{};
-    from += 2 * stride;
+  for (int row = 0; row < kBlock; row += 2, from += step) {
+    *reinterpret_cast<Eight*>(Tile<kDim>{tile}.at(row | places.odd, places.column)) =
+        row < left ? load_eight(from, 0, false) : Eight{};
   }
 }
 

@@ -197,30 +197,31 @@ template <int32_t kDtype>
 MATE_KERNEL(kPrepareThreads, kPrepareBlocks)
 prepare(const Params p) {
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(shared_memory());
-  const int64_t chunk = p.slab_begin + block_index() / p.args.heads_v;
+  const auto block = static_cast<uint32_t>(block_index());  // 32 bits divide faster
+  const auto heads = static_cast<uint32_t>(p.args.heads_v);
+  const int64_t chunk = p.slab_begin + block / heads;
   const int64_t n = sequence_of(p, chunk);
   if (n >= p.args.num_seqs) return;
   const Sequence sequence = sequence_at(p, n);
   const int warp = thread_index() / 32, first = warp * kBlock;
   const int64_t token = sequence.begin + (chunk - sequence.first_chunk) * kChunk + first;
   const int64_t left = sequence.end - token;
-  const Tokens t = {sequence.batch, token, block_index() % p.args.heads_v, first,
-                    static_cast<int>(left < 0        ? 0
-                                     : left < kBlock ? left
-                                                     : kBlock)};
+  const int count = static_cast<int>(left < 0 ? 0 : left < kBlock ? left : kBlock);
+  const Tokens t = {token, static_cast<uint32_t>(sequence.batch), block % heads, first, count};
   TileShared& tile = shared.tile[warp];
-  Operands& out = p.operands[block_index()];
+  Operands& out = p.operands[block];
 
   const Scalars scalars = fetch_scalars(p, t);
+  const RowPlaces places;
   if (p.args.g.dtype == MATE_FLOAT32) {
     fetch_g32(p, t, tile);
   } else {
-    fetch_rows(p.args.g, p.g_aligned, t, t.head, Tile<kDim>{tile.far});
+    fetch_rows(p.args.g, p.g_aligned, t, t.head, places, tile.far);
   }
   copy_commit();
-  const int64_t head_qk = t.head / (p.args.heads_v / p.args.heads_qk);
-  fetch_rows(p.args.q, p.q_aligned, t, head_qk, Tile<kDim>{tile.q});
-  fetch_rows(p.args.k, p.k_aligned, t, head_qk, Tile<kDim>{tile.k});
+  const uint32_t head_qk = t.head / p.group;
+  fetch_rows(p.args.q, p.q_aligned, t, head_qk, places, tile.q);
+  fetch_rows(p.args.k, p.k_aligned, t, head_qk, places, tile.k);
   copy_commit();
   copy_wait<1>();
   MATE_WARP_BARRIER();
