@@ -195,6 +195,7 @@ inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream)
   p.maps = reinterpret_cast<uint16_t*>(workspace + layout.maps);
   p.alive = reinterpret_cast<int32_t*>(workspace + layout.alive);
   p.operands = reinterpret_cast<Operands*>(workspace + layout.operands);
+  p.group = static_cast<uint32_t>(args.heads_v / args.heads_qk);
   p.contracts = (args.flags & MATE_L2NORM) && (args.flags & MATE_BETA_SIGMOID);
   p.q_aligned = is_aligned(args, args.q, args.heads_qk);
   p.k_aligned = is_aligned(args, args.k, args.heads_qk);
@@ -222,7 +223,7 @@ MATE_EXPORT int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* worksp
   if (args->num_seqs == 0 || args->heads_v == 0) return MATE_OK;
   const Layout layout(*args);
   const int64_t most = INT32_MAX;  // blocks of a launch
-  if (layout.slab_chunks > most / args->heads_v ||
+  if (layout.slab_chunks > most / args->heads_v || layout.chunks > most ||
       args->num_seqs + layout.slots > most / (4 * args->heads_v)) {
     return MATE_UNSUPPORTED;
   }

@@ -6,23 +6,41 @@
 namespace mate {
 namespace gpu {
 
-MATE_DEVICE void store_T(PrepareShared& shared, int i, int j, float x) {
-  store_split(Tile<kChunk>{shared.T_high}.at(i, j), Tile<kChunk>{shared.T_low}.at(i, j), x);
-}
-
 // A warp's tile on the diagonal, by forward substitution: a lane a column.
-MATE_DEVICE void solve_diagonal(PrepareShared& shared) {
-  const int block = thread_index() / 32, column = lane_index();
+MATE_DEVICE void solve_diagonal(PrepareShared& shared, int block) {
+  const int column = lane_index();
   if (column >= kBlock) return;
+  const auto& L = shared.L[block];
   float x[kBlock];
   MATE_UNROLL
   for (int i = 0; i < kBlock; ++i) {
     float sum = i == column ? 1.0f : 0.0f;
     MATE_UNROLL
-    for (int m = 0; m < i; ++m) sum -= shared.L[block][i][m] * x[m];
+    for (int m = 0; m < i; m += 4) {
+      const Four row = load_four(&L[i][m]);
+      MATE_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        if (m + n < i) sum -= row.x[n] * x[m + n];
+      }
+    }
     x[i] = sum * shared.beta[block * kBlock + i];
-    store_T(shared, block * kBlock + i, block * kBlock + column, x[i]);
+    shared.T[block][i][column] = x[i];
   }
+}
+
+// Its result in two terms, to where products read it: half a row a lane.
+MATE_DEVICE void split_diagonal(PrepareShared& shared, int block) {
+  const int row = lane_index() / 2, half = lane_index() % 2 * 8;
+  Eight high, low;
+  MATE_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    const Four x = load_four(&shared.T[block][row][half + i * 2]);
+    split_pair(x.x[0], x.x[1], high.x[i], low.x[i]);
+    split_pair(x.x[2], x.x[3], high.x[i + 1], low.x[i + 1]);
+  }
+  const int at = Tile<kChunk>::place(block * kBlock + row, block * kBlock + half);
+  *reinterpret_cast<Eight*>(shared.T_high + at) = high;
+  *reinterpret_cast<Eight*>(shared.T_low + at) = low;
 }
 
 struct SplitA {
@@ -72,15 +90,18 @@ MATE_DEVICE void fill_corner(PrepareShared& shared, int left, int i, int j) {
              load_split_b(shared.T_high, shared.T_low, left + n, left + j));
   }
   MATE_UNROLL
-  for (int v = 0; v < 8; ++v) {
-    store_T(shared, (right + i) * kBlock + row_of(v), (left + j) * kBlock + column_of(v),
-            -corner.x[v]);
-  }
+  for (float& x : corner.x) x = -x;
+  const Split s = split(corner);
+  const int row = (right + i) * kBlock, column = (left + j) * kBlock;
+  store_c_rows(s.high, Tile<kChunk>{shared.T_high}, row, column);
+  store_c_rows(s.low, Tile<kChunk>{shared.T_low}, row, column);
 }
 
 MATE_DEVICE void invert(PrepareShared& shared) {
   const int warp = thread_index() / 32;
-  solve_diagonal(shared);
+  solve_diagonal(shared, warp);
+  MATE_WARP_BARRIER();
+  split_diagonal(shared, warp);
   MATE_BARRIER();
   if (warp < 2) fill_corner<1>(shared, warp * 2, 0, 0);
   MATE_BARRIER();

@@ -10,7 +10,7 @@ namespace gpu {
 constexpr int kPrepareThreads = kTokenTiles * 32;  // a warp a tile of tokens
 constexpr int kPrepareBlocks = 3;                  // that a multiprocessor shall have room for
 constexpr int kLane = kDim / 32;                   // channels a lane: kLane * lane and the next
-constexpr int kStep = 4;                           // tokens at a time
+constexpr int kStep = 4;                           // tokens at a time: FourRows
 constexpr float kNormEps = 1e-6f;
 constexpr float kLog2e = 1.44269504f;
 // Log-decays are in bits. Below this one a token erases whatever fp32 can hold.
@@ -20,13 +20,12 @@ constexpr float kErased = -160.0f;
 struct TileShared {
   uint16_t q[kBlock * kDim], k[kBlock * kDim];  // as the caller gave them; then rows of products
   union {
-    float sums[kBlock][kDim];  // of log-decays, from the tile's first token on
+    float sums[2][kBlock][kDim / 2];  // of log-decays, from the tile's first token on
     struct {
-      uint16_t near[kDim], far[kDim];
-    } columns[kBlock];  // of products, see prepare.h; `far` is where 16-bit g arrives
+      uint16_t near[kBlock * kDim], far[kBlock * kDim];  // columns of products, see prepare.h
+    };  // each row takes the place of a half of its token's sums; `far` is where 16-bit g arrives
   };
 };
-using Columns = Tile<kDim, 2 * kDim>;
 
 struct PrepareShared {
   union {
@@ -37,7 +36,7 @@ struct PrepareShared {
     struct {  // once all products are done; Tile<kChunk>
       uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
       uint16_t L_high[kChunk * kChunk], L_low[kChunk * kChunk];  // below the diagonal tiles
-      float L[kTokenTiles][kBlock][kBlock];                      // those
+      float L[kTokenTiles][kBlock][kBlock], T[kTokenTiles][kBlock][kBlock];  // of those
     };
   };
   float total[kTokenTiles][kDim];  // sums over whole tiles
@@ -47,34 +46,49 @@ struct PrepareShared {
 
 // A warp's tokens in the caller's tensors.
 struct Tokens {
-  int64_t batch, token, head;  // the first one; value head
-  int first, count;            // in the chunk; as many are present, at most kBlock
+  int64_t token;         // the first one
+  uint32_t batch, head;  // value head
+  int first, count;      // in the chunk; as many are present, at most kBlock
 };
 
 MATE_DEVICE int lane_channel() { return lane_index() * kLane; }
+MATE_DEVICE float* lane_sums(const TileShared& tile, int token) {
+  const int channel = lane_channel(), half = kDim / 2;
+  return const_cast<float*>(&tile.sums[channel / half][token][channel % half]);
+}
 
 // ---- fetching -----------------------------------------------------------------------------------
 
-// Rows of 16-bit numbers, 16 bytes a lane; those of absent tokens are zeros.
-template <class Rows>
-MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t, int64_t head,
-                            const Rows& to) {
-  const int column = lane_index() % 16 * 8, odd = lane_index() / 16;
-  const int64_t stride = x.stride[1] * 2;
-  const char* from = row_at(x, t.batch, t.token, head) + odd * stride + column * 2;
+// What is alike in fetching rows of any tensor: two at a time, 16 bytes a lane.
+struct RowPlaces {
+  int odd, column;    // the lane's
+  unsigned bytes[4];  // where rows 0, 2, 4, 6, or those after them, go to in a tile
+
+  MATE_DEVICE RowPlaces() : odd(lane_index() / 16), column(lane_index() % 16 * 8) {
+    MATE_UNROLL
+    for (int i = 0; i < 4; ++i) bytes[i] = Tile<kDim>::place(2 * i | odd, column) * 2;
+  }
+};
+
+// Rows of 16-bit numbers; those of absent tokens are zeros.
+MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t, uint32_t head,
+                            const RowPlaces& places, uint16_t* tile) {
+  const int64_t offset = offset_of(x, t.batch, t.token + places.odd, head) + places.column;
+  const uint16_t* from = static_cast<const uint16_t*>(x.data) + offset;
+  const int64_t step = 2 * x.stride[1];
+  const int left = t.count - places.odd;
+  const auto to = [&](int row) {
+    return reinterpret_cast<char*>(tile) + places.bytes[row / 2 % 4] + row / 8 * 8 * kDim * 2;
+  };
   if (aligned) {
     MATE_UNROLL
-    for (int row = 0; row < kBlock; row += 2) {
-      copy_async(to.at(row | odd, column), from, (row | odd) < t.count);
-      from += 2 * stride;
-    }
+    for (int row = 0; row < kBlock; row += 2, from += step) copy_async(to(row), from, row < left);
     return;
   }
   MATE_NO_UNROLL
-  for (int row = odd; row < kBlock; row += 2) {
-    *reinterpret_cast<Eight*>(to.at(row, column)) =
-        row < t.count ? load_eight(from, 0, false) : Eight{};
-    from += 2 * stride;
+  for (int row = 0; row < kBlock; row += 2, from += step) {
+    *reinterpret_cast<Eight*>(Tile<kDim>{tile}.at(row | places.odd, places.column)) =
+        row < left ? load_eight(from, 0, false) : Eight{};
   }
 }
 
@@ -84,7 +98,7 @@ MATE_DEVICE void fetch_g32(const Params& p, const Tokens& t, TileShared& tile) {
   const char* from = row_at(p.args.g, t.batch, t.token, t.head) + lane_channel() * 4;
   MATE_NO_UNROLL
   for (int row = 0; row < kBlock; ++row) {
-    float* to = &tile.sums[row][lane_channel()];
+    float* to = lane_sums(tile, row);
     if (p.g_aligned) {
       copy_async(to, from, row < t.count);
     } else {
@@ -217,13 +231,18 @@ struct Gate {
     }
   }
 
-  // `present` is 0 for absent tokens, else 1.
-  MATE_DEVICE float bits(float g, int c, float present) const {
+  // The factor of all of a token's channels; absent tokens decay nothing.
+  MATE_DEVICE float factor(bool present) const {
+    return !present                      ? 0.0f
+           : kGate == MATE_GATE_BOUNDED  ? bound
+           : kGate == MATE_GATE_SOFTPLUS ? rate
+                                         : kLog2e;
+  }
+  MATE_DEVICE float bits(float g, int c, float factor) const {
     if (kGate == MATE_GATE_BOUNDED) {
-      return present * bound * fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
+      return factor * fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
     }
-    const float x =
-        present * (kGate == MATE_GATE_SOFTPLUS ? rate * softplus(g + bias[c]) : g * kLog2e);
+    const float x = factor * (kGate == MATE_GATE_SOFTPLUS ? softplus(g + bias[c]) : g);
     return x < kErased ? kErased : x;  // and NaN stays NaN
   }
 };
@@ -233,25 +252,24 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, T
   const Gate<kGate> gate(p, x);
   const bool wide = p.args.g.dtype == MATE_FLOAT32;
   Four sum = {};
+  FourRows<kDim> rows(lane_channel());
   MATE_NO_UNROLL
-  for (int step = 0; step < kBlock / kStep; ++step) {
-    const int i = step * kStep;
+  for (int i = 0; i < kBlock; i += kStep, rows.advance()) {
     Four g[kStep];
     if (wide) {
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = load_four(&tile.sums[i + r][lane_channel()]);
+      for (int r = 0; r < kStep; ++r) g[r] = load_four(lane_sums(tile, i + r));
     } else {
-      const Columns rows{tile.columns[0].far};
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(i + r, lane_channel()));
+      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(tile.far, r));
     }
     MATE_WARP_BARRIER();  // sums go to where other lanes' g was
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      const float present = i + r < t.count ? 1.0f : 0.0f;
+      const float factor = gate.factor(i + r < t.count);
       MATE_UNROLL
-      for (int c = 0; c < kLane; ++c) sum.x[c] += gate.bits(g[r].x[c], c, present);
-      store_four(&tile.sums[i + r][lane_channel()], sum);
+      for (int c = 0; c < kLane; ++c) sum.x[c] += gate.bits(g[r].x[c], c, factor);
+      store_four(lane_sums(tile, i + r), sum);
     }
   }
   return sum;

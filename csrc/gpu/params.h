@@ -42,6 +42,7 @@ struct Params {
   int64_t *bounds, *first_chunk;         // [num_seqs + 1], with cu_seqlens: by plan.h
   float *carry_in, *carry_out;           // [value head][V][K]: of the sequence that a slab cuts
   int64_t slab_begin, slab_end;          // chunks
+  uint32_t group;                        // value heads to a query head
   int64_t segment_chunks, slots;         // a segment's length; as many are kept in what follows
   float* ends;                           // [slot][value head][V][K]: states, as registers hold them
   uint16_t* maps;                        // [slot][value head][kMapSize]
@@ -57,9 +58,11 @@ MATE_DEVICE int element_size(int32_t dtype) { return dtype == MATE_FLOAT32 ? 4 :
 
 // The row of 128 channels (or the one element of beta) at {batch, token, head}; for a state,
 // {sequence, head, row}.
+MATE_DEVICE int64_t offset_of(const mate_tensor& x, int64_t i, int64_t j, int64_t k) {
+  return i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
+}
 MATE_DEVICE char* row_at(const mate_tensor& x, int64_t i, int64_t j, int64_t k) {
-  const int64_t offset = i * x.stride[0] + j * x.stride[1] + k * x.stride[2];
-  return static_cast<char*>(x.data) + offset * element_size(x.dtype);
+  return static_cast<char*>(x.data) + offset_of(x, i, j, k) * element_size(x.dtype);
 }
 
 struct Sequence {
@@ -77,7 +80,10 @@ MATE_DEVICE Sequence sequence_at(const Params& p, int64_t n) {
 
 // The number of the sequence that a chunk belongs to; num_seqs if it lies beyond the last.
 MATE_DEVICE int64_t sequence_of(const Params& p, int64_t chunk) {
-  if (!p.args.cu_seqlens) return chunk / divide_up(p.args.seq_len, kChunk);
+  if (!p.args.cu_seqlens) {  // the host keeps these within 31 bits, whose division is shorter
+    return static_cast<uint32_t>(chunk) /
+           static_cast<uint32_t>(divide_up(p.args.seq_len, kChunk));
+  }
   int64_t low = 0, high = p.args.num_seqs + 1;  // first_chunk[low] <= chunk < first_chunk[high]
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;

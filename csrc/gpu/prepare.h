@@ -21,19 +21,16 @@ constexpr float kSafe =
 // What the lane's channels decay by: sums over whole tiles, in bits.
 struct Decays {
   Four tile, before, after;  // over this tile, those before it, those after it
-  Four far;                  // of the tile between this one and those that far products join it to
+  Four far;                  // of tile 1 for tile 0, of 2 for 3: between these and their far ones
 };
 
-MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
-  Decays d = {};
-  MATE_UNROLL
-  for (int i = 0; i < kTokenTiles; ++i) {
-    const Four x = load_four(&shared.total[i][lane_channel()]);
-    if (i < warp) d.before = d.before + x;
-    if (i == warp) d.tile = x;
-    if (i > warp) d.after = d.after + x;
-    if (i == 1 || i == 2) d.far = (i == 1) == (warp == 0) ? x : d.far;  // of 1 for 0, of 2 for 3
-  }
+MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp, const Four& tile) {
+  const auto total = [&](int i) { return load_four(&shared.total[i][lane_channel()]); };
+  Decays d = {tile, {}, {}, total(warp == 0 ? 1 : 2)};
+  MATE_NO_UNROLL
+  for (int i = 0; i < warp; ++i) d.before = d.before + total(i);
+  MATE_NO_UNROLL
+  for (int i = warp + 1; i < kTokenTiles; ++i) d.after = d.after + total(i);
   return d;
 }
 
@@ -45,48 +42,44 @@ MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
 // Tokens 32..63 meet 0..31 in one step, with the decays of tiles 1 and 2 on the outer ones' side:
 // in `extra` and the last tile's `far`.
 template <int32_t kDtype>
-MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, PrepareShared& shared,
-                               Operands& out) {
-  const int warp = t.first / kBlock;
+MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, bool by_pairs,
+                               PrepareShared& shared, Operands& out) {
+  const int warp = t.first / kBlock, channel = lane_channel();
   TileShared& tile = shared.tile[warp];
-  const Four before = fast_exp2(decays.before), after = fast_exp2(decays.after);
-  const Four far = fast_exp2(decays.far);
-  const Tile<kDim> rows_q{tile.q}, rows_k{tile.k}, extra_k{shared.extra[0]},
-      extra_q{shared.extra[1]};
-  const Columns near_columns{tile.columns[0].near}, far_columns{tile.columns[0].far};
-  const int channel = lane_channel();
-  const Tile<kPanel> panel = OperandRows{out.rows}.panel(channel);
+  uint16_t* const extra = shared.extra[warp == 0 ? 0 : 1];
+  const Four over_tile = fast_exp2(decays.tile), before = fast_exp2(decays.before),
+             after = fast_exp2(decays.after), far = fast_exp2(decays.far);
+  uint16_t* const panel = OperandRows{out.rows}.panel(channel).at(t.first, 0);
+  FourRows<kDim> rows(channel);
+  FourRows<kPanel> out_rows(channel % kPanel);
   MATE_NO_UNROLL
-  for (int step = 0; step < kBlock / kStep; ++step) {
-    const int first = step * kStep;
-    Four sums[kStep], k_norm[kStep / 4], q_norm[kStep / 4];
+  for (int first = 0; first < kBlock; first += kStep, rows.advance(), out_rows.advance()) {
+    Four sums[kStep];
     MATE_UNROLL
-    for (int r = 0; r < kStep; ++r) sums[r] = load_four(&tile.sums[first + r][channel]);
-    MATE_UNROLL
-    for (int r = 0; r < kStep / 4; ++r) {
-      k_norm[r] = load_four(&shared.k_norm[t.first + first + r * 4]);
-      q_norm[r] = load_four(&shared.q_norm[t.first + first + r * 4]);
-    }
+    for (int r = 0; r < kStep; ++r) sums[r] = load_four(lane_sums(tile, first + r));
+    const Four k_norm = load_four(&shared.k_norm[t.first + first]);
+    const Four q_norm = load_four(&shared.q_norm[t.first + first]);
     MATE_WARP_BARRIER();  // columns go to where other lanes' sums were
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      const int i = first + r;
-      const Four G = sums[r];
-      const Four in = fast_exp2(G);
-      const Four k = unpack_four<kDtype>(rows_k.at(i, channel)) * k_norm[r / 4].x[r % 4];
-      const Four q = unpack_four<kDtype>(rows_q.at(i, channel)) * q_norm[r / 4].x[r % 4];
-      const Four k_in = k * in, q_in = q * in, k_out = k * fast_exp2(decays.tile - G);
-      store_bf16(rows_k.at(i, channel), k_in);
-      store_bf16(rows_q.at(i, channel), q_in);
-      store_bf16(near_columns.at(i, channel), k * fast_exp2(-G));
+      const auto at = [&](const uint16_t* matrix) { return rows.at(matrix, r); };
+      const Four G = sums[r], in = fast_exp2(G);
+      const Four k = unpack_four<kDtype>(at(tile.k)) * k_norm.x[r];
+      const Four q = unpack_four<kDtype>(at(tile.q)) * q_norm.x[r];
+      const Four k_in = k * in, q_in = q * in, near = k * fast_exp2(-G);
+      Four k_out = near * over_tile;
+      if (by_pairs) k_out = k * fast_exp2(decays.tile - G);  // e^-G may be Inf
+      store_bf16(at(tile.k), k_in);
+      store_bf16(at(tile.q), q_in);
+      store_bf16(at(tile.near), near);
       if (warp < 3) {
-        store_bf16(far_columns.at(i, channel), k_out);
-        if (warp == 0) store_bf16(extra_k.at(i, channel), k_out * far);
+        store_bf16(at(tile.far), k_out);
+        if (warp == 0) store_bf16(at(extra), k_out * far);
       } else {
-        store_bf16(far_columns.at(i, channel), k_in * far);
-        store_bf16(extra_q.at(i, channel), q_in * far);
+        store_bf16(at(tile.far), k_in * far);
+        store_bf16(at(extra), q_in * far);
       }
-      uint16_t* row = panel.at(t.first + i, channel % kPanel);
+      uint16_t* row = out_rows.at(panel, r);
       store_bf16(row, k_in * before);
       store_bf16(row + kChunk * kPanel, q_in * before);
       store_bf16(row + 2 * kChunk * kPanel, k_out * after);
@@ -126,11 +119,11 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
   for (int i = 0; i < kBlock; ++i) {
     const Four k_i = row(tile.k, i) * shared.k_norm[t.first + i];
     const Four q_i = row(tile.q, i) * shared.q_norm[t.first + i];
-    const Four G_i = load_four(&tile.sums[i][channel]);
+    const Four G_i = load_four(lane_sums(tile, i));
     MATE_NO_UNROLL
     for (int j = 0; j <= i; ++j) {
       const Four k_j = row(tile.k, j) * shared.k_norm[t.first + j] *
-                       fast_exp2(G_i - load_four(&tile.sums[j][channel]));
+                       fast_exp2(G_i - load_four(lane_sums(tile, j)));
       float l = 0.0f, p = 0.0f;
       MATE_UNROLL
       for (int n = 0; n < kLane; ++n) {
@@ -155,23 +148,20 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
 
 // A tile off the diagonal.
 MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const Products& c) {
-  MATE_UNROLL
-  for (int v = 0; v < 8; ++v) {
-    const int row = i * kBlock + row_of(v), column = j * kBlock + column_of(v);
-    store_split(Tile<kChunk>{shared.L_high}.at(row, column),
-                Tile<kChunk>{shared.L_low}.at(row, column), c.L.x[v]);
-    *Tile<kChunk>{shared.P}.at(row, column) = to_bf16(c.P.x[v]);
-  }
+  const int row = i * kBlock, column = j * kBlock;
+  const Split L = split(c.L);
+  store_c_rows(L.high, Tile<kChunk>{shared.L_high}, row, column);
+  store_c_rows(L.low, Tile<kChunk>{shared.L_low}, row, column);
+  store_c_rows(rounded(c.P).both, Tile<kChunk>{shared.P}, row, column);
 }
 
-MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, const Products& c) {
+MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, Products& c) {
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
-    const int row = row_of(v), column = column_of(v);
-    shared.L[i][row][column] = c.L.x[v];
-    *Tile<kChunk>{shared.P}.at(i * kBlock + row, i * kBlock + column) =
-        to_bf16(row < column ? 0.0f : c.P.x[v]);
+    shared.L[i][row_of(v)][column_of(v)] = c.L.x[v];
+    if (row_of(v) < column_of(v)) c.P.x[v] = 0.0f;
   }
+  store_c_rows(rounded(c.P).both, Tile<kChunk>{shared.P}, i * kBlock, i * kBlock);
 }
 
 MATE_DEVICE bool any_below(const Four& x, float bound) {
@@ -185,20 +175,17 @@ MATE_DEVICE bool any_below(const Four& x, float bound) {
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-MATE_DEVICE void store_matrices(const PrepareShared& shared, Operands& out) {
+// A warp a row of tiles, a lane half a row of each.
+MATE_DEVICE void store_matrices(const PrepareShared& shared, int warp, Operands& out) {
+  const int row = lane_index() / 2, half = lane_index() % 2 * 8;
+  const int at = Tile<kBlock>::place(row, half) + warp * kTileSize;
   MATE_UNROLL
-  for (int first = 0; first < kLowerSize / 8; first += kPrepareThreads) {
-    const int i = first + thread_index();
-    if (i >= kLowerSize / 8) return;
-    const int tile = i / (kTileSize / 8), row = i % (kTileSize / 8) / 2, half = i % 2 * 8;
-    int column = 0;
-    MATE_UNROLL
-    for (int j = 1; j < kTokenTiles; ++j) column += tile >= lower_tile(j, j);
-    const int above = tile - lower_tile(column, column) + column;
-    const int from = Tile<kChunk>::place(above * kBlock + row, column * kBlock + half);
-    const int to = tile * kTileSize + Tile<kBlock>::place(row, half);
+  for (int column = 0; column < kTokenTiles; ++column) {
+    if (column > warp) return;
     const auto copy = [&](const uint16_t* source, uint16_t* target) {
-      *reinterpret_cast<Eight*>(target + to) = *reinterpret_cast<const Eight*>(source + from);
+      *reinterpret_cast<Eight*>(target + at + (lower_tile(column, column) - column) * kTileSize) =
+          *reinterpret_cast<const Eight*>(
+              Tile<kChunk>{source}.in_block(warp * kBlock, column * kBlock, row, half));
     };
     copy(shared.T_high, out.T_high);
     copy(shared.T_low, out.T_low);
@@ -210,30 +197,31 @@ template <int32_t kDtype>
 MATE_KERNEL(kPrepareThreads, kPrepareBlocks)
 prepare(const Params p) {
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(shared_memory());
-  const int64_t chunk = p.slab_begin + block_index() / p.args.heads_v;
+  const auto block = static_cast<uint32_t>(block_index());  // 32 bits divide faster
+  const auto heads = static_cast<uint32_t>(p.args.heads_v);
+  const int64_t chunk = p.slab_begin + block / heads;
   const int64_t n = sequence_of(p, chunk);
   if (n >= p.args.num_seqs) return;
   const Sequence sequence = sequence_at(p, n);
   const int warp = thread_index() / 32, first = warp * kBlock;
   const int64_t token = sequence.begin + (chunk - sequence.first_chunk) * kChunk + first;
   const int64_t left = sequence.end - token;
-  const Tokens t = {sequence.batch, token, block_index() % p.args.heads_v, first,
-                    static_cast<int>(left < 0        ? 0
-                                     : left < kBlock ? left
-                                                     : kBlock)};
+  const int count = static_cast<int>(left < 0 ? 0 : left < kBlock ? left : kBlock);
+  const Tokens t = {token, static_cast<uint32_t>(sequence.batch), block % heads, first, count};
   TileShared& tile = shared.tile[warp];
-  Operands& out = p.operands[block_index()];
+  Operands& out = p.operands[block];
 
   const Scalars scalars = fetch_scalars(p, t);
+  const RowPlaces places;
   if (p.args.g.dtype == MATE_FLOAT32) {
     fetch_g32(p, t, tile);
   } else {
-    fetch_rows(p.args.g, p.g_aligned, t, t.head, Columns{tile.columns[0].far});
+    fetch_rows(p.args.g, p.g_aligned, t, t.head, places, tile.far);
   }
   copy_commit();
-  const int64_t head_qk = t.head / (p.args.heads_v / p.args.heads_qk);
-  fetch_rows(p.args.q, p.q_aligned, t, head_qk, Tile<kDim>{tile.q});
-  fetch_rows(p.args.k, p.k_aligned, t, head_qk, Tile<kDim>{tile.k});
+  const uint32_t head_qk = t.head / p.group;
+  fetch_rows(p.args.q, p.q_aligned, t, head_qk, places, tile.q);
+  fetch_rows(p.args.k, p.k_aligned, t, head_qk, places, tile.k);
   copy_commit();
   copy_wait<1>();
   MATE_WARP_BARRIER();
@@ -248,14 +236,14 @@ prepare(const Params p) {
   const bool by_pairs = any_below(total, kSafe);
   Products own, near, far[2];
   if (by_pairs) own = multiply_pairs<kDtype>(t, shared);
-  const Decays decays = find_decays(shared, warp);
-  form_operands<kDtype>(t, decays, shared, out);
+  const Decays decays = find_decays(shared, warp, total);
+  form_operands<kDtype>(t, decays, by_pairs, shared, out);
   if (warp == 0) store_four(out.decay + lane_channel(), fast_exp2(decays.tile + decays.after));
   MATE_BARRIER();
 
   const Tile<kDim> k{tile.k}, q{tile.q};
-  const auto columns = [&](int i) { return Columns{shared.tile[i].columns[0].far}; };
-  if (!by_pairs) own = multiply_tiles(k, q, Columns{tile.columns[0].near});
+  const auto columns = [&](int i) { return Tile<kDim>{shared.tile[i].far}; };
+  if (!by_pairs) own = multiply_tiles(k, q, Tile<kDim>{tile.near});
   if (warp % 2) near = multiply_tiles(k, q, columns(warp - 1));
   if (warp == 2) {
     far[0] = multiply_tiles(k, q, Tile<kDim>{shared.extra[0]});
@@ -274,7 +262,7 @@ prepare(const Params p) {
   }
   MATE_WARP_BARRIER();
   invert(shared);
-  store_matrices(shared, out);
+  store_matrices(shared, warp, out);
 }
 
 }  // namespace gpu

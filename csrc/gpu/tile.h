@@ -6,10 +6,10 @@
 namespace mate {
 namespace gpu {
 
-// Rows of kColumns numbers, kStride apart. Pieces of 8 are permuted within a row, so that the same
+// Rows of kColumns numbers. Pieces of 8 are permuted within a row, so that the same
 // piece of 8 neighbouring rows, which is what a product's operand is loaded from, lies in different
 // banks.
-template <int kColumns, int kStride = kColumns>
+template <int kColumns>
 struct Tile {
   static constexpr int kPieces = kColumns / 8;
   uint16_t* data;
@@ -18,7 +18,7 @@ struct Tile {
 
   MATE_DEVICE static unsigned place(unsigned row, unsigned column) {
     const unsigned turn = kPieces >= 8 ? row % 8 : row / (8 / kPieces) % kPieces;
-    return row * kStride + (column ^ turn * 8);
+    return row * kColumns + (column ^ turn * 8);
   }
   MATE_DEVICE uint16_t* at(unsigned row, unsigned column) const {
     return data + place(row, column);
@@ -28,7 +28,7 @@ struct Tile {
   // depends on the lane stands apart from what depends on the block, which is mostly known to the
   // compiler.
   MATE_DEVICE uint16_t* in_block(unsigned row, unsigned column, unsigned r, unsigned c) const {
-    return data + ((place(r, c) ^ column) + row * kStride);
+    return data + ((place(r, c) ^ column) + row * kColumns);
   }
 };
 
@@ -53,6 +53,28 @@ struct Panels {
 };
 
 using OperandRows = Panels<kOperandRows>;
+
+// Where a column lies in four rows at a time of a Tile<kColumns>, from the first row on.
+template <int kColumns>
+struct FourRows {
+  unsigned bytes[4];
+  unsigned turn;  // of pieces, from rows 8 i + r to rows 8 i + 4 + r; back from there to the next
+
+  MATE_DEVICE explicit FourRows(unsigned column) : turn(column & 32 ? -64u : 64u) {
+    static_assert(Tile<kColumns>::kPieces >= 8, "rows take eight turns");
+    MATE_UNROLL
+    for (unsigned r = 0; r < 4; ++r) bytes[r] = Tile<kColumns>::place(r, column) * 2;
+  }
+  MATE_DEVICE uint16_t* at(const uint16_t* tile, int r) const {
+    char* from = const_cast<char*>(reinterpret_cast<const char*>(tile));
+    return reinterpret_cast<uint16_t*>(from + bytes[r]);
+  }
+  MATE_DEVICE void advance() {
+    MATE_UNROLL
+    for (unsigned& place : bytes) place += 4 * kColumns * 2 + turn;
+    turn = -turn;
+  }
+};
 
 struct alignas(16) Eight {
   uint32_t x[4];  // 16-bit numbers, two in each
@@ -91,6 +113,32 @@ MATE_DEVICE void store_element(void* p, int64_t index, int32_t dtype, float x) {
   } else {
     static_cast<uint16_t*>(p)[index] = dtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
   }
+}
+
+// An accumulator in two terms, elements 2 i and 2 i + 1 together.
+struct Split {
+  uint32_t high[4], low[4];
+};
+MATE_DEVICE void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack_bf16(x, y);
+  low = pack_bf16(x - from_bits(high << 16), y - from_bits(high & 0xffff0000u));
+}
+MATE_DEVICE Split split(const FragC& c) {
+  Split s;
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) split_pair(c.x[2 * i], c.x[2 * i + 1], s.high[i], s.low[i]);
+  return s;
+}
+
+// And in one.
+struct Rounded {
+  uint32_t both[4];
+};
+MATE_DEVICE Rounded rounded(const FragC& c) {
+  Rounded x;
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) x.both[i] = pack_bf16(c.x[2 * i], c.x[2 * i + 1]);
+  return x;
 }
 
 // x in two terms.

@@ -11,7 +11,7 @@
 //   load_a, load_b_columns, load_b_rows, multiply   C += A B; bf16 operands, fp32 accumulators
 //   row_of(v), column_of(v)                         where element v of this lane's FragC lies
 //   kNeighbours                                     are elements 2 i and 2 i + 1 neighbours in a row?
-//   load_c_columns, store_c_columns                 a FragC's elements as 16-bit numbers
+//   load_c_columns, store_c_columns, store_c_rows   a FragC's elements as 16-bit numbers
 //   to_operand(c, scratch)                          a FragC rounded to a FragA
 //   copy_async, copy_commit, copy_wait<N>           16 bytes to shared memory, in groups
 //   copy_async_at<kOffset>                          so many bytes on, on both sides

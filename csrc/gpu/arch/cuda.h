@@ -141,6 +141,21 @@ MATE_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(shared_address(row)));
 }
+MATE_DEVICE void store_matrices(const uint32_t (&x)[4], void* row) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row)),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+#else
+  const uint32_t address = shared_address(row);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t to = __shfl_sync(0xffffffffu, address, i * 8 + lane_index() / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + lane_index() % 4 * 4), "r"(x[i]) : "memory");
+  }
+#endif
+}
 MATE_DEVICE void store_matrices_transposed(const uint32_t (&x)[4], void* row) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(

@@ -169,24 +169,32 @@ inline void load_matrices(uint32_t (&x)[4], const void* row) { load_matrices_as(
 inline void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
   load_matrices_as(x, row, true);
 }
-inline void store_matrices_transposed(const uint32_t (&x)[4], void* row) {
+inline void store_matrices_as(const uint32_t (&x)[4], void* row, bool transposed) {
   struct Lane {
     void* row;
     const uint32_t* x;
-  } mine = {row, x};
+    bool transposed;
+  } mine = {row, x, transposed};
   host::collective(
       [](void* const* lanes) {
         for (int i = 0; i < 32; ++i) {
           const Lane* lane = static_cast<const Lane*>(lanes[i]);
           for (int m = 0; m < 4; ++m) {
             for (int e = 0; e < 2; ++e) {
-              void* to = static_cast<const Lane*>(lanes[m * 8 + i % 4 * 2 + e])->row;
-              static_cast<uint16_t*>(to)[i / 4] = static_cast<uint16_t>(lane->x[m] >> e * 16);
+              const int along = i % 4 * 2 + e, across = i / 4;
+              const int r = lane->transposed ? along : across;
+              const int c = lane->transposed ? across : along;
+              void* to = static_cast<const Lane*>(lanes[m * 8 + r])->row;
+              static_cast<uint16_t*>(to)[c] = static_cast<uint16_t>(lane->x[m] >> e * 16);
             }
           }
         }
       },
       &mine);
+}
+inline void store_matrices(const uint32_t (&x)[4], void* row) { store_matrices_as(x, row, false); }
+inline void store_matrices_transposed(const uint32_t (&x)[4], void* row) {
+  store_matrices_as(x, row, true);
 }
 
 // C[16][8] += A[16][16] B[16][8]
@@ -286,6 +294,15 @@ template <class Tile>
 inline void store_c_columns(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
   for (int v = 0; v < 8; ++v) {
     *tile.at(row + column_of(v), column + row_of(v)) =
+        static_cast<uint16_t>(both[v / 2] >> v % 2 * 16);
+  }
+}
+
+// C[m][n] = tile[row + m][column + n]
+template <class Tile>
+inline void store_c_rows(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
+  for (int v = 0; v < 8; ++v) {
+    *tile.at(row + row_of(v), column + column_of(v)) =
         static_cast<uint16_t>(both[v / 2] >> v % 2 * 16);
   }
 }

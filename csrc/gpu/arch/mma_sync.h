@@ -1,7 +1,7 @@
 // Fragments in the layout of mma.sync.m16n8k16, over its instructions: load_matrices (ldmatrix.x4),
-// load_matrices_transposed (the same with .trans), store_matrices_transposed (stmatrix.x4.trans)
-// and mma_sync. Included by cuda.h, and by host.h
-// to check the layout where there is no GPU.
+// load_matrices_transposed (the same with .trans), store_matrices and store_matrices_transposed
+// (stmatrix.x4, .trans) and mma_sync. Included by cuda.h, and by host.h to check the layout where
+// there is no GPU.
 #pragma once
 
 namespace mate {
@@ -63,6 +63,12 @@ MATE_DEVICE void load_c_columns(uint32_t (&both)[4], const Tile& tile, int row, 
 template <class Tile>
 MATE_DEVICE void store_c_columns(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
   store_matrices_transposed(both, across_first(tile, row, column));
+}
+
+// C[m][n] = tile[row + m][column + n]
+template <class Tile>
+MATE_DEVICE void store_c_rows(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
+  store_matrices(both, down_first(tile, row, column));
 }
 
 MATE_DEVICE void multiply(FragC& c, const FragA& a, const FragB& b) {
