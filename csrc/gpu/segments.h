@@ -44,7 +44,7 @@ MATE_DEVICE void store_operand(uint16_t* to, const FragB& b) {
 // ---- map_segments -------------------------------------------------------------------------------
 
 constexpr int kMapSlice = kDim;  // all of a map's rows in one block
-constexpr int kMapThreads = Crew<kMapSlice>::kThreads;
+using MapCrew = Crew<kMapSlice>;
 
 // Zeros; or a warp's rows of the identity.
 MATE_DEVICE void begin_map(bool identity, int row, State& s) {
@@ -77,7 +77,11 @@ MATE_DEVICE void store_map(const Params& p, int64_t slot, int64_t head, const St
   const int warp = thread_index() / 32;
   const Tile<kDim> high{room}, low{room + kDim * kDim};
   keep_transposed(s, warp * kBlock, high, low);
-  MATE_BARRIER();
+  if (MapCrew::kProducer) {
+    barrier_of_first<MapCrew::kOwners * 32>();
+  } else {
+    MATE_BARRIER();
+  }
   MATE_UNROLL
   for (int t = 0; t < kKeyTiles; ++t) {
     store_operand(map_at(p, slot, head, warp, t, 0),
@@ -112,15 +116,45 @@ MATE_DEVICE int erasing_chunks(const Params& p, const Rest& rest) {
   return count;
 }
 
+// The walks of a block, by run(chunks, whether of a map, whether of the last after their map died),
+// which tells whether the map died. True: so is the segment's.
+template <class Run>
+MATE_DEVICE bool each_walk(const Params& p, const Rest& rest, bool is_map, int recent,
+                           const Run& run) {
+  bool dead = false;
+  for (bool trial = recent > 0;; trial = false) {
+    const bool mapped = trial || is_map;
+    Rest now = trial || dead ? rest.last(p, recent) : rest;
+    if (mapped) now.tokens = 0;  // no values
+    const bool died = run(now, mapped, dead);
+    dead = dead || died;
+    if (!trial || (dead && is_map)) return dead;
+  }
+}
+
+// Of the threads that own rows.
+MATE_DEVICE void store_end(const Params& p, int64_t slot, int64_t head, bool is_map, bool dead,
+                           const State& s, uint16_t* room) {
+  if (is_map) {
+    if (!dead) store_map(p, slot, head, s, room);
+    if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
+  } else {
+    float* to = end_tile(p, slot, head, thread_index() / 32, 0);
+    MATE_UNROLL
+    for (int t = 0; t < kKeyTiles; ++t) store_tile(to + t * kTileSize, s.tile[t]);
+  }
+}
+
 // A block B or M of a (slot, head). Where gates forget, the last few chunks' map may be dead: then
 // so is M, and B is what these chunks make of zeros. Decays tell when to try; that nothing is left
 // only the map can tell, since deltas mix the channels.
 template <int32_t kDtype, int kStages>
-MATE_KERNEL(kMapThreads, 1)
+MATE_KERNEL(MapCrew::kThreads, 1)
 map_segments(const Params p) {
   using Shared = ScanShared<kMapSlice, kStages>;
   static_assert(sizeof(Shared) >= kMapSize * sizeof(uint16_t), "where the map is transposed");
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  uint16_t* const room = reinterpret_cast<uint16_t*>(&shared);
   const bool is_map = block_index() % 2;
   const int64_t head = block_index() / 2 % p.args.heads_v;
   const int64_t slot = block_index() / 2 / p.args.heads_v;
@@ -131,31 +165,38 @@ map_segments(const Params p) {
   rest.find(p, segment, head, 0);
   const int recent = p.contracts ? erasing_chunks(p, rest) : 0;
   begin_copies(shared);
-  Walk<kMapSlice, kStages, false> walk = {shared, 0};
   State s;
-  bool dead = false;
-  for (bool trial = recent > 0;; trial = false) {
-    const bool mapped = trial || is_map;
-    Rest now = trial || dead ? rest.last(p, recent) : rest;
-    if (mapped) now.tokens = 0;  // no values
-    walk.copy(p, now, 0);
+  const auto begin_state = [&](bool mapped, bool dead) {
     if (mapped || dead || !segment.is_first()) {
       begin_map(mapped, warp * kBlock, s);
     } else {
       load_state(p, segment, head, warp * kBlock, s);
     }
-    const bool died = walk.template run<kDtype>(p, now, s, mapped && p.contracts);
-    dead = dead || died;
-    if (!trial || (dead && is_map)) break;
+  };
+  if constexpr (MapCrew::kProducer) {
+    Relay<kMapSlice, kStages, false> walk = {shared, 0};
+    if (warp < MapCrew::kOwners) {
+      MapCrew::begin_owner();
+      const bool dead = each_walk(p, rest, is_map, recent, [&](const Rest& now, bool mapped, bool dead) {
+        begin_state(mapped, dead);
+        return walk.template run<kDtype>(p, now, s, mapped && p.contracts);
+      });
+      store_end(p, slot, head, is_map, dead, s, room);
+    } else {
+      MapCrew::begin_producer();
+      each_walk(p, rest, is_map, recent, [&](const Rest& now, bool mapped, bool) {
+        return walk.produce(p, now, mapped && p.contracts);
+      });
+    }
+    return;
   }
-  if (is_map) {
-    if (!dead) store_map(p, slot, head, s, reinterpret_cast<uint16_t*>(&shared));
-    if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
-  } else {
-    float* to = end_tile(p, slot, head, warp, 0);
-    MATE_UNROLL
-    for (int t = 0; t < kKeyTiles; ++t) store_tile(to + t * kTileSize, s.tile[t]);
-  }
+  Walk<kMapSlice, kStages, false> walk = {shared, 0};
+  const bool dead = each_walk(p, rest, is_map, recent, [&](const Rest& now, bool mapped, bool dead) {
+    walk.copy(p, now, 0);
+    begin_state(mapped, dead);
+    return walk.template run<kDtype>(p, now, s, mapped && p.contracts);
+  });
+  store_end(p, slot, head, is_map, dead, s, room);
 }
 
 // ---- join_segments ------------------------------------------------------------------------------
