@@ -37,9 +37,10 @@ struct alignas(1024) Stage {
 template <int kSlice, int kStages>
 struct ScanShared {
   Stage<kSlice> stage[kStages];
-  Arrival arrival[kStages], read[kStages];  // of copies; of owners that are done with them
+  Arrival arrival[kStages];
   float weight[2][kSlice / kBlock];  // of a warp's part of a map, after this chunk and the last
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
+  Arrival read[kStages];  // of owners that are done with a stage
 };
 
 // The warps of a block. Narrow slices have few, whose time decides; others copy for them, and so do
@@ -59,12 +60,14 @@ struct Crew {
     return producers && kGroups ? kOwners * 32 + 128 : kThreads;
   }
 
-  // Each role has its registers: 3 x 168 are all there are.
+  // Each role has its registers: 3 x 168 are all there are. Producers of maps look around first.
+  template <bool kOutput>
   MATE_DEVICE static void begin_producer() {
-    if (kSlice == 128) leave_registers<40>();
+    if (kSlice == 128) leave_registers<kOutput ? 40 : 72>();
   }
+  template <bool kOutput>
   MATE_DEVICE static void begin_owner() {
-    if (kSlice == 128) take_registers<232>();
+    if (kSlice == 128) take_registers<kOutput ? 232 : 216>();
   }
 };
 
@@ -557,7 +560,7 @@ MATE_DEVICE void begin_copies(ScanShared<kSlice, kStages>& shared) {
     if (thread_index() == Crew<kSlice>::kFirstCopier) {
       prepare_arrival(shared.arrival[i],
                       Crew<kSlice>::kProducer ? 1 + Crew<kSlice>::kCopiers : 1);
-      prepare_arrival(shared.read[i], Crew<kSlice>::kOwners);
+      if (Crew<kSlice>::kProducer) prepare_arrival(shared.read[i], Crew<kSlice>::kOwners);
     }
   }
   Crew<kSlice>::Products::publish();
@@ -574,6 +577,8 @@ struct Walk {
     const int i = (count + ahead) % kStages;
     copy_chunk<kSlice, kOutput>(p, rest, shared.stage[i], shared.arrival[i]);
   }
+
+  MATE_DEVICE void begin(const Params& p, const Rest& rest) { copy(p, rest, 0); }
 
   // All of `rest`; or, if `s` is a map that may die, until it has died: then true comes back. `s`
   // is of the calling warp's channels; copying warps have none. The first chunk's copies are under
@@ -678,6 +683,8 @@ struct Relay {
 
   // ---- the owners' side
 
+  MATE_DEVICE void begin(const Params&, const Rest&) {}
+
   // As Walk::run. Without output, all owners are done in the end.
   template <int32_t kDtype>
   MATE_DEVICE bool run(const Params& p, Rest rest, State& s, bool may_die = false) {
@@ -737,22 +744,23 @@ scan(const Params p) {
   Rest rest;
   if (!rest.find(p, segment, head, slice)) return;
   begin_copies(shared);
-  State s;
   if constexpr (Crew::kProducer) {
     Relay<kSlice, kStages, true> walk = {shared, 0};
     if (owner) {
-      Crew::begin_owner();
+      Crew::template begin_owner<true>();
+      State s;
       load_state(p, segment, head, value, s);
       walk.template run<kDtype>(p, rest, s);
       if (last) store_state(p, segment.sequence, head, value, s);
     } else {
-      Crew::begin_producer();
+      Crew::template begin_producer<true>();
       walk.produce(p, rest);
     }
     return;
   }
   Walk<kSlice, kStages, true> walk = {shared, 0};
-  walk.copy(p, rest, 0);
+  walk.begin(p, rest);
+  State s;
   if (owner) load_state(p, segment, head, value, s);
   walk.template run<kDtype>(p, rest, s);
   if (owner && last) store_state(p, segment.sequence, head, value, s);

@@ -116,87 +116,105 @@ MATE_DEVICE int erasing_chunks(const Params& p, const Rest& rest) {
   return count;
 }
 
-// The walks of a block, by run(chunks, whether of a map, whether of the last after their map died),
-// which tells whether the map died. True: so is the segment's.
-template <class Run>
-MATE_DEVICE bool each_walk(const Params& p, const Rest& rest, bool is_map, int recent,
-                           const Run& run) {
-  bool dead = false;
-  for (bool trial = recent > 0;; trial = false) {
-    const bool mapped = trial || is_map;
-    Rest now = trial || dead ? rest.last(p, recent) : rest;
-    if (mapped) now.tokens = 0;  // no values
-    const bool died = run(now, mapped, dead);
-    dead = dead || died;
-    if (!trial || (dead && is_map)) return dead;
+// What a block of map_segments walks: B or M of a (slot, head). Where gates forget, the last few
+// chunks' map may be dead: then so is M, and B is what these chunks make of zeros. Decays tell when
+// to try; that nothing is left only the map can tell, since deltas mix the channels.
+struct MapWork {
+  Segment segment;
+  Rest rest;
+  int64_t head, slot;
+  int recent;  // chunks to be tried first; 0: none
+  bool is_map;
+
+  // False if there is nothing to do.
+  MATE_DEVICE bool find(const Params& p) {
+    is_map = block_index() % 2;
+    head = block_index() / 2 % p.args.heads_v;
+    slot = block_index() / 2 / p.args.heads_v;
+    if (!inner_segment(p, slot, segment) || (is_map && segment.is_first())) return false;
+    rest.find(p, segment, head, 0);
+    recent = p.contracts ? erasing_chunks(p, rest) : 0;
+    return true;
   }
+
+  // run(chunks, whether of a map, whether of the last after their map died) tells whether the map
+  // died. True in the end: so has the segment's.
+  template <class Run>
+  MATE_DEVICE bool each_walk(const Params& p, const Run& run) const {
+    bool dead = false;
+    for (bool trial = recent > 0;; trial = false) {
+      const bool mapped = trial || is_map;
+      Rest now = trial || dead ? rest.last(p, recent) : rest;
+      if (mapped) now.tokens = 0;  // no values
+      const bool died = run(now, mapped, dead);
+      dead = dead || died;
+      if (!trial || (dead && is_map)) return dead;
+    }
+  }
+
+  MATE_DEVICE void begin(const Params& p, bool mapped, bool dead, State& s) const {
+    const int row = thread_index() / 32 * kBlock;
+    if (mapped || dead || !segment.is_first()) {
+      begin_map(mapped, row, s);
+    } else {
+      load_state(p, segment, head, row, s);
+    }
+  }
+
+  // By the threads that own rows.
+  MATE_DEVICE void store(const Params& p, bool dead, const State& s, uint16_t* room) const {
+    if (is_map) {
+      if (!dead) store_map(p, slot, head, s, room);
+      if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
+    } else {
+      float* to = end_tile(p, slot, head, thread_index() / 32, 0);
+      MATE_UNROLL
+      for (int t = 0; t < kKeyTiles; ++t) store_tile(to + t * kTileSize, s.tile[t]);
+    }
+  }
+};
+
+template <int32_t kDtype, int kStages>
+MATE_DEVICE void produce_map(const Params& p, ScanShared<kMapSlice, kStages>& shared) {
+  MapWork work;
+  if (!work.find(p)) return;
+  Relay<kMapSlice, kStages, false> walk = {shared, 0};
+  work.each_walk(p, [&](const Rest& now, bool mapped, bool) {
+    return walk.produce(p, now, mapped && p.contracts);
+  });
 }
 
-// Of the threads that own rows.
-MATE_DEVICE void store_end(const Params& p, int64_t slot, int64_t head, bool is_map, bool dead,
-                           const State& s, uint16_t* room) {
-  if (is_map) {
-    if (!dead) store_map(p, slot, head, s, room);
-    if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
-  } else {
-    float* to = end_tile(p, slot, head, thread_index() / 32, 0);
-    MATE_UNROLL
-    for (int t = 0; t < kKeyTiles; ++t) store_tile(to + t * kTileSize, s.tile[t]);
-  }
+// `Walk` or, beside producers, `Relay`.
+template <int32_t kDtype, int kStages, template <int, int, bool> class Walk>
+MATE_DEVICE void walk_map(const Params& p, ScanShared<kMapSlice, kStages>& shared) {
+  MapWork work;
+  if (!work.find(p)) return;
+  Walk<kMapSlice, kStages, false> walk = {shared, 0};
+  State s;
+  const bool dead = work.each_walk(p, [&](const Rest& now, bool mapped, bool dead) {
+    walk.begin(p, now);
+    work.begin(p, mapped, dead, s);
+    return walk.template run<kDtype>(p, now, s, mapped && p.contracts);
+  });
+  work.store(p, dead, s, reinterpret_cast<uint16_t*>(&shared));
 }
 
-// A block B or M of a (slot, head). Where gates forget, the last few chunks' map may be dead: then
-// so is M, and B is what these chunks make of zeros. Decays tell when to try; that nothing is left
-// only the map can tell, since deltas mix the channels.
 template <int32_t kDtype, int kStages>
 MATE_KERNEL(MapCrew::kThreads, 1)
 map_segments(const Params p) {
   using Shared = ScanShared<kMapSlice, kStages>;
   static_assert(sizeof(Shared) >= kMapSize * sizeof(uint16_t), "where the map is transposed");
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  uint16_t* const room = reinterpret_cast<uint16_t*>(&shared);
-  const bool is_map = block_index() % 2;
-  const int64_t head = block_index() / 2 % p.args.heads_v;
-  const int64_t slot = block_index() / 2 / p.args.heads_v;
-  const int warp = thread_index() / 32;
-  Segment segment;
-  if (!inner_segment(p, slot, segment) || (is_map && segment.is_first())) return;
-  Rest rest;
-  rest.find(p, segment, head, 0);
-  const int recent = p.contracts ? erasing_chunks(p, rest) : 0;
   begin_copies(shared);
-  State s;
-  const auto begin_state = [&](bool mapped, bool dead) {
-    if (mapped || dead || !segment.is_first()) {
-      begin_map(mapped, warp * kBlock, s);
-    } else {
-      load_state(p, segment, head, warp * kBlock, s);
-    }
-  };
-  if constexpr (MapCrew::kProducer) {
-    Relay<kMapSlice, kStages, false> walk = {shared, 0};
-    if (warp < MapCrew::kOwners) {
-      MapCrew::begin_owner();
-      const bool dead = each_walk(p, rest, is_map, recent, [&](const Rest& now, bool mapped, bool dead) {
-        begin_state(mapped, dead);
-        return walk.template run<kDtype>(p, now, s, mapped && p.contracts);
-      });
-      store_end(p, slot, head, is_map, dead, s, room);
-    } else {
-      MapCrew::begin_producer();
-      each_walk(p, rest, is_map, recent, [&](const Rest& now, bool mapped, bool) {
-        return walk.produce(p, now, mapped && p.contracts);
-      });
-    }
-    return;
+  if constexpr (!MapCrew::kProducer) {
+    walk_map<kDtype, kStages, Walk>(p, shared);
+  } else if (thread_index() < MapCrew::kFirstCopier) {
+    MapCrew::begin_owner<false>();
+    walk_map<kDtype, kStages, Relay>(p, shared);
+  } else {
+    MapCrew::begin_producer<false>();
+    produce_map<kDtype>(p, shared);
   }
-  Walk<kMapSlice, kStages, false> walk = {shared, 0};
-  const bool dead = each_walk(p, rest, is_map, recent, [&](const Rest& now, bool mapped, bool dead) {
-    walk.copy(p, now, 0);
-    begin_state(mapped, dead);
-    return walk.template run<kDtype>(p, now, s, mapped && p.contracts);
-  });
-  store_end(p, slot, head, is_map, dead, s, room);
 }
 
 // ---- join_segments ------------------------------------------------------------------------------
