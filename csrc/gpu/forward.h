@@ -119,7 +119,7 @@ inline bool is_aligned(const mate_kda_args& args, const mate_tensor& x, int64_t 
 template <int32_t kDtype, int kSlice, int kStages>
 bool launch_scan(const Params& p, void* stream) {
   const int64_t blocks = (p.slots + p.args.num_seqs) * p.args.heads_v * (kDim / kSlice);
-  return launch(scan<kDtype, kSlice, kStages>, blocks, Crew<kSlice>::kThreads,
+  return launch(scan<kDtype, kSlice, kStages>, blocks, Crew<kSlice>::threads(group_products()),
                 static_cast<int>(sizeof(ScanShared<kSlice, kStages>)), stream, p);
 }
 template <int32_t kDtype, int kSlice>
@@ -131,7 +131,8 @@ bool launch_scan(const Params& p, void* stream) {
 
 template <int32_t kDtype, int kStages>
 bool launch_map(const Params& p, void* stream) {
-  return launch(map_segments<kDtype, kStages>, p.slots * p.args.heads_v * 2, kMapThreads,
+  return launch(map_segments<kDtype, kStages>, p.slots * p.args.heads_v * 2,
+                MapCrew::threads(group_products()),
                 static_cast<int>(sizeof(ScanShared<kMapSlice, kStages>)), stream, p);
 }
 

@@ -5,6 +5,10 @@
 // product's result is the next one's operand: warps never wait for one another's numbers, only for
 // the chunk's operands. Where shared memory holds two stages of these, one barrier a chunk is
 // enough: the next chunk's arrive in one stage while the other is being read.
+//
+// Where the architecture has kProducers, a warp group of its own does all copies, and stages are
+// handed over by arrivals alone: warp groups that own channels need not wait for each other, so
+// that one multiplies while another rounds and adds.
 #pragma once
 
 #include <type_traits>
@@ -36,16 +40,35 @@ struct ScanShared {
   Arrival arrival[kStages];
   float weight[2][kSlice / kBlock];  // of a warp's part of a map, after this chunk and the last
   uint16_t scratch[kSlice / kBlock * kScratch + 8];
+  Arrival read[kStages];  // of owners that are done with a stage
 };
 
-// The warps of a block. Narrow slices have few, whose time decides; others copy for them.
+// The warps of a block. Narrow slices have few, whose time decides; others copy for them, and so do
+// producers for slices of any width.
 template <int kSlice>
 struct Crew {
   static constexpr int kOwners = kSlice / kBlock;  // warps that own 16 value channels each
-  static constexpr int kCopiers = kSlice == 128 ? 256 : 128;  // threads
-  static constexpr int kFirstCopier = kSlice == 128 ? 0 : kOwners * 32;
+  static constexpr bool kGroups = kOwners % 4 == 0;
+  using Products = std::conditional_t<kGroups, GroupProducts, WarpProducts>;
+  static constexpr bool kProducer = kGroups && kProducers;
+  static constexpr int kCopiers = kSlice == 128 && !kProducer ? 256 : 128;  // threads
+  static constexpr int kFirstCopier = kCopiers == 256 ? 0 : kOwners * 32;
   static constexpr int kThreads = kFirstCopier + kCopiers;
-  using Products = std::conditional_t<kOwners % 4 == 0, GroupProducts, WarpProducts>;
+
+  // The host is not compiled for one architecture: with those of the device at hand.
+  static constexpr int threads(bool producers) {
+    return producers && kGroups ? kOwners * 32 + 128 : kThreads;
+  }
+
+  // Each role has its registers: 3 x 168 are all there are. Producers of maps look around first.
+  template <bool kOutput>
+  MATE_DEVICE static void begin_producer() {
+    if (kSlice == 128) leave_registers<kOutput ? 40 : 72>();
+  }
+  template <bool kOutput>
+  MATE_DEVICE static void begin_owner() {
+    if (kSlice == 128) take_registers<kOutput ? 232 : 216>();
+  }
 };
 
 // ---- copies -------------------------------------------------------------------------------------
@@ -120,6 +143,38 @@ MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival&
     copy(to.T[j][0], from.T_low);
     copy(to.T[j][1], from.T_high);
     if (kOutput) copy(to.P[j], from.P);
+  }
+}
+
+// The same by one lane of each of four warps, which takes several hundred cycles off.
+template <bool kOutput>
+MATE_DEVICE void produce_operands(StageOperands& to, const Operands& from, Arrival& arrival,
+                                  int warp) {
+  constexpr int kPart = kChunk * kPanel;
+  if (warp == 0) {
+    expect_bytes(arrival,
+                 kOutput ? sizeof(Operands) : sizeof(Operands) - sizeof(from.P) - 2 * kPart * 2);
+    if (kOutput) {
+      copy_bulk(to.rows, from.rows, sizeof(from.rows), arrival);
+    } else {
+      MATE_UNROLL
+      for (int part = 0; part < 2 * 3; ++part) {
+        if (part % 3 == 1) continue;
+        copy_bulk(to.rows + part * kPart, from.rows + part * kPart, kPart * 2, arrival);
+      }
+    }
+    copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
+    return;
+  }
+  if (!kOutput && warp == 3) return;
+  const bool P = warp == 3;
+  uint16_t* const tiles = P ? to.P[0] : to.T[0][warp - 1];
+  const int column = P ? sizeof(to.P[0]) / 2 : sizeof(to.T[0]) / 2;
+  const uint16_t* const lower = P ? from.P : warp == 1 ? from.T_low : from.T_high;
+  MATE_UNROLL
+  for (int j = 0; j < kTokenTiles; ++j) {
+    copy_bulk(tiles + j * (column + kTileSize), lower + lower_tile(j, j) * kTileSize,
+              (kTokenTiles - j) * kTileSize * 2, arrival);
   }
 }
 
@@ -505,9 +560,14 @@ MATE_DEVICE void begin_copies(ScanShared<kSlice, kStages>& shared) {
     if (Crew<kSlice>::Products::kWholeMatrices) {
       clear_upper<Crew<kSlice>::kThreads>(shared.stage[i].operands);
     }
-    if (thread_index() == Crew<kSlice>::kFirstCopier) prepare_arrival(shared.arrival[i]);
+    if (thread_index() == Crew<kSlice>::kFirstCopier) {
+      prepare_arrival(shared.arrival[i],
+                      Crew<kSlice>::kProducer ? 1 + Crew<kSlice>::kCopiers : 1);
+      if (Crew<kSlice>::kProducer) prepare_arrival(shared.read[i], Crew<kSlice>::kOwners);
+    }
   }
   Crew<kSlice>::Products::publish();
+  if (Crew<kSlice>::kProducer) barrier_of_first<Crew<kSlice>::kThreads>();
 }
 
 // Chunk after chunk, through stages that take turns.
@@ -520,6 +580,8 @@ struct Walk {
     const int i = (count + ahead) % kStages;
     copy_chunk<kSlice, kOutput>(p, rest, shared.stage[i], shared.arrival[i]);
   }
+
+  MATE_DEVICE void begin(const Params& p, const Rest& rest) { copy(p, rest, 0); }
 
   // All of `rest`; or, if `s` is a map that may die, until it has died: then true comes back. `s`
   // is of the calling warp's channels; copying warps have none. The first chunk's copies are under
@@ -563,19 +625,118 @@ struct Walk {
   }
 };
 
+// The same by two roles, where there are producers. Both count the same chunks.
+template <int kSlice, int kStages, bool kOutput>
+struct Relay {
+  using Crew = gpu::Crew<kSlice>;
+  // Groups in step would all multiply and all add at once: the second begins half a chunk late.
+  static constexpr int kLate = 1300;  // cycles
+
+  ScanShared<kSlice, kStages>& shared;
+  int count;  // of chunks, of all walks of a block
+
+  // ---- the producers' side
+
+  // All of `rest`, as stages are given back; until the last has been. True: a map that may die has.
+  MATE_DEVICE bool produce(const Params& p, Rest rest, bool may_die = false) {
+    const int first = count, end = count + rest.chunks;
+    for (; count < end; ++count) {
+      if (await_owners(count - kStages, first, may_die)) return true;
+      copy(p, rest);
+      rest.advance(p);
+    }
+    MATE_NO_UNROLL
+    for (int i = count - kStages; i < count; ++i) {
+      if (await_owners(i, first, may_die)) return true;
+    }
+    return false;
+  }
+
+  // Until chunk i has been read. True: the map has died with it.
+  MATE_DEVICE bool await_owners(int i, int first, bool may_die) {
+    if (i < 0) return false;
+    wait_arrival(shared.read[i % kStages], i / kStages);
+    return may_die && i >= first && is_dead(shared.weight[i % 2]);
+  }
+
+  MATE_DEVICE void copy(const Params& p, const Rest& rest) {
+    Stage<kSlice>& stage = shared.stage[count % kStages];
+    Arrival& arrival = shared.arrival[count % kStages];
+    const int copier = thread_index() - Crew::kFirstCopier;
+    if (copier % 32 == 0) {
+      produce_operands<kOutput>(stage.operands, *rest.operands, arrival, copier / 32);
+    }
+    copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
+    if (p.v_aligned) {
+      arrive_with_copies(arrival);
+    } else {
+      arrive(arrival);
+    }
+    if (rest.chunks > 1) prefetch_next(p, rest, copier);
+  }
+
+  // Two threads a token.
+  MATE_DEVICE void prefetch_next(const Params& p, const Rest& rest, int copier) {
+    if (copier == 0) prefetch_bulk(rest.operands + p.args.heads_v, sizeof(Operands));
+    const int token = kChunk + copier / 2;
+    if (token < rest.tokens) {
+      prefetch(rest.v + token * p.args.v.stride[1] + copier % 2 * (kSlice / 2));
+    }
+  }
+
+  // ---- the owners' side
+
+  MATE_DEVICE void begin(const Params&, const Rest&) {}
+
+  // As Walk::run. Without output, all owners are done in the end.
+  template <int32_t kDtype>
+  MATE_DEVICE bool run(const Params& p, Rest rest, State& s, bool may_die = false) {
+    const int warp = thread_index() / 32;
+    if (kOutput && warp >= 4) pause(kLate);
+    bool dead = false;
+    for (; rest.chunks > 0 && !dead; ++count) {
+      const int i = count % kStages;
+      wait_arrival(shared.arrival[i], count / kStages);
+      walk_chunk<kDtype, kSlice, kOutput>(p, rest, shared.stage[i], warp * kBlock, s, nullptr);
+      if (!kOutput && may_die) dead = has_died(s, warp);
+      arrive_warp(shared.read[i]);
+      rest.advance(p);
+    }
+    if (dead) skip(rest.chunks < kStages - 1 ? rest.chunks : kStages - 1);
+    if (!kOutput) barrier_of_first<Crew::kOwners * 32>();
+    return dead;
+  }
+
+  MATE_DEVICE bool has_died(const State& s, int warp) {
+    const float weight = weigh(s);
+    if (lane_index() == 0) shared.weight[count % 2][warp] = weight;
+    barrier_of_first<Crew::kOwners * 32>();
+    return is_dead(shared.weight[count % 2]);
+  }
+
+  // What the producers had sent before they could know.
+  MATE_DEVICE void skip(int chunks) {
+    for (int end = count + chunks; count < end; ++count) {
+      wait_arrival(shared.arrival[count % kStages], count / kStages);
+      arrive_warp(shared.read[count % kStages]);
+    }
+  }
+};
+
 // ---- the kernel ---------------------------------------------------------------------------------
 
 // Blocks are those of the slots, then those of the sequences, for their last segments.
 template <int32_t kDtype, int kSlice, int kStages>
 MATE_KERNEL(Crew<kSlice>::kThreads, 1)
 scan(const Params p) {
+  using Crew = Crew<kSlice>;
   constexpr int kSlices = kDim / kSlice;
   auto& shared = *reinterpret_cast<ScanShared<kSlice, kStages>*>(shared_memory());
   const int64_t unit = block_index() / kSlices / p.args.heads_v;
   const int64_t head = block_index() / kSlices % p.args.heads_v;
   const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
   const int warp = thread_index() / 32, value = slice + warp * kBlock;
-  const bool owner = warp < Crew<kSlice>::kOwners, last = unit >= p.slots;
+  const bool owner = warp < Crew::kOwners, last = unit >= p.slots;
 
   Segment segment;
   if (last) {
@@ -586,8 +747,22 @@ scan(const Params p) {
   Rest rest;
   if (!rest.find(p, segment, head, slice)) return;
   begin_copies(shared);
+  if constexpr (Crew::kProducer) {
+    Relay<kSlice, kStages, true> walk = {shared, 0};
+    if (owner) {
+      Crew::template begin_owner<true>();
+      State s;
+      load_state(p, segment, head, value, s);
+      walk.template run<kDtype>(p, rest, s);
+      if (last) store_state(p, segment.sequence, head, value, s);
+    } else {
+      Crew::template begin_producer<true>();
+      walk.produce(p, rest);
+    }
+    return;
+  }
   Walk<kSlice, kStages, true> walk = {shared, 0};
-  walk.copy(p, rest, 0);
+  walk.begin(p, rest);
   State s;
   if (owner) load_state(p, segment, head, value, s);
   walk.template run<kDtype>(p, rest, s);

@@ -44,7 +44,7 @@ MATE_DEVICE void store_operand(uint16_t* to, const FragB& b) {
 // ---- map_segments -------------------------------------------------------------------------------
 
 constexpr int kMapSlice = kDim;  // all of a map's rows in one block
-constexpr int kMapThreads = Crew<kMapSlice>::kThreads;
+using MapCrew = Crew<kMapSlice>;
 
 // Zeros; or a warp's rows of the identity.
 MATE_DEVICE void begin_map(bool identity, int row, State& s) {
@@ -77,7 +77,11 @@ MATE_DEVICE void store_map(const Params& p, int64_t slot, int64_t head, const St
   const int warp = thread_index() / 32;
   const Tile<kDim> high{room}, low{room + kDim * kDim};
   keep_transposed(s, warp * kBlock, high, low);
-  MATE_BARRIER();
+  if (MapCrew::kProducer) {
+    barrier_of_first<MapCrew::kOwners * 32>();
+  } else {
+    MATE_BARRIER();
+  }
   MATE_UNROLL
   for (int t = 0; t < kKeyTiles; ++t) {
     store_operand(map_at(p, slot, head, warp, t, 0),
@@ -112,49 +116,104 @@ MATE_DEVICE int erasing_chunks(const Params& p, const Rest& rest) {
   return count;
 }
 
-// A block B or M of a (slot, head). Where gates forget, the last few chunks' map may be dead: then
-// so is M, and B is what these chunks make of zeros. Decays tell when to try; that nothing is left
-// only the map can tell, since deltas mix the channels.
+// What a block of map_segments walks: B or M of a (slot, head). Where gates forget, the last few
+// chunks' map may be dead: then so is M, and B is what these chunks make of zeros. Decays tell when
+// to try; that nothing is left only the map can tell, since deltas mix the channels.
+struct MapWork {
+  Segment segment;
+  Rest rest;
+  int64_t head, slot;
+  int recent;  // chunks to be tried first; 0: none
+  bool is_map;
+
+  // False if there is nothing to do.
+  MATE_DEVICE bool find(const Params& p) {
+    is_map = block_index() % 2;
+    head = block_index() / 2 % p.args.heads_v;
+    slot = block_index() / 2 / p.args.heads_v;
+    if (!inner_segment(p, slot, segment) || (is_map && segment.is_first())) return false;
+    rest.find(p, segment, head, 0);
+    recent = p.contracts ? erasing_chunks(p, rest) : 0;
+    return true;
+  }
+
+  // run(chunks, whether of a map, whether of the last after their map died) tells whether the map
+  // died. True in the end: so has the segment's.
+  template <class Run>
+  MATE_DEVICE bool each_walk(const Params& p, const Run& run) const {
+    bool dead = false;
+    for (bool trial = recent > 0;; trial = false) {
+      const bool mapped = trial || is_map;
+      Rest now = trial || dead ? rest.last(p, recent) : rest;
+      if (mapped) now.tokens = 0;  // no values
+      const bool died = run(now, mapped, dead);
+      dead = dead || died;
+      if (!trial || (dead && is_map)) return dead;
+    }
+  }
+
+  MATE_DEVICE void begin(const Params& p, bool mapped, bool dead, State& s) const {
+    const int row = thread_index() / 32 * kBlock;
+    if (mapped || dead || !segment.is_first()) {
+      begin_map(mapped, row, s);
+    } else {
+      load_state(p, segment, head, row, s);
+    }
+  }
+
+  // By the threads that own rows.
+  MATE_DEVICE void store(const Params& p, bool dead, const State& s, uint16_t* room) const {
+    if (is_map) {
+      if (!dead) store_map(p, slot, head, s, room);
+      if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
+    } else {
+      float* to = end_tile(p, slot, head, thread_index() / 32, 0);
+      MATE_UNROLL
+      for (int t = 0; t < kKeyTiles; ++t) store_tile(to + t * kTileSize, s.tile[t]);
+    }
+  }
+};
+
 template <int32_t kDtype, int kStages>
-MATE_KERNEL(kMapThreads, 1)
+MATE_DEVICE void produce_map(const Params& p, ScanShared<kMapSlice, kStages>& shared) {
+  MapWork work;
+  if (!work.find(p)) return;
+  Relay<kMapSlice, kStages, false> walk = {shared, 0};
+  work.each_walk(p, [&](const Rest& now, bool mapped, bool) {
+    return walk.produce(p, now, mapped && p.contracts);
+  });
+}
+
+// `Walk` or, beside producers, `Relay`.
+template <int32_t kDtype, int kStages, template <int, int, bool> class Walk>
+MATE_DEVICE void walk_map(const Params& p, ScanShared<kMapSlice, kStages>& shared) {
+  MapWork work;
+  if (!work.find(p)) return;
+  Walk<kMapSlice, kStages, false> walk = {shared, 0};
+  State s;
+  const bool dead = work.each_walk(p, [&](const Rest& now, bool mapped, bool dead) {
+    walk.begin(p, now);
+    work.begin(p, mapped, dead, s);
+    return walk.template run<kDtype>(p, now, s, mapped && p.contracts);
+  });
+  work.store(p, dead, s, reinterpret_cast<uint16_t*>(&shared));
+}
+
+template <int32_t kDtype, int kStages>
+MATE_KERNEL(MapCrew::kThreads, 1)
 map_segments(const Params p) {
   using Shared = ScanShared<kMapSlice, kStages>;
   static_assert(sizeof(Shared) >= kMapSize * sizeof(uint16_t), "where the map is transposed");
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const bool is_map = block_index() % 2;
-  const int64_t head = block_index() / 2 % p.args.heads_v;
-  const int64_t slot = block_index() / 2 / p.args.heads_v;
-  const int warp = thread_index() / 32;
-  Segment segment;
-  if (!inner_segment(p, slot, segment) || (is_map && segment.is_first())) return;
-  Rest rest;
-  rest.find(p, segment, head, 0);
-  const int recent = p.contracts ? erasing_chunks(p, rest) : 0;
   begin_copies(shared);
-  Walk<kMapSlice, kStages, false> walk = {shared, 0};
-  State s;
-  bool dead = false;
-  for (bool trial = recent > 0;; trial = false) {
-    const bool mapped = trial || is_map;
-    Rest now = trial || dead ? rest.last(p, recent) : rest;
-    if (mapped) now.tokens = 0;  // no values
-    walk.copy(p, now, 0);
-    if (mapped || dead || !segment.is_first()) {
-      begin_map(mapped, warp * kBlock, s);
-    } else {
-      load_state(p, segment, head, warp * kBlock, s);
-    }
-    const bool died = walk.template run<kDtype>(p, now, s, mapped && p.contracts);
-    dead = dead || died;
-    if (!trial || (dead && is_map)) break;
-  }
-  if (is_map) {
-    if (!dead) store_map(p, slot, head, s, reinterpret_cast<uint16_t*>(&shared));
-    if (thread_index() == 0) p.alive[slot * p.args.heads_v + head] = !dead;
+  if constexpr (!MapCrew::kProducer) {
+    walk_map<kDtype, kStages, Walk>(p, shared);
+  } else if (thread_index() < MapCrew::kFirstCopier) {
+    MapCrew::begin_owner<false>();
+    walk_map<kDtype, kStages, Relay>(p, shared);
   } else {
-    float* to = end_tile(p, slot, head, warp, 0);
-    MATE_UNROLL
-    for (int t = 0; t < kKeyTiles; ++t) store_tile(to + t * kTileSize, s.tile[t]);
+    MapCrew::begin_producer<false>();
+    produce_map<kDtype>(p, shared);
   }
 }
 

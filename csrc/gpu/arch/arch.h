@@ -16,8 +16,11 @@
 //   copy_async, copy_commit, copy_wait<N>           16 bytes to shared memory, in groups
 //   copy_async_at<kOffset>                          so many bytes on, on both sides
 //   kBulkCopies                                     whether one thread can copy for all:
-//   Arrival, prepare_arrival(x), expect_bytes(x, n), copy_bulk(to, from, n, x), wait_arrival(x, i),
-//   prefetch_bulk(from, n)
+//   Arrival, prepare_arrival(x, n), expect_bytes(x, n), copy_bulk(to, from, n, x),
+//   wait_arrival(x, i), prefetch_bulk(from, n)
+//   arrive(x), arrive_warp(x), arrive_with_copies(x)    by hand; when this thread's copies are here
+//   kProducers                                      whether a warp group may do nothing but copy:
+//   barrier_of_first<N>(), take_registers<N>(), leave_registers<N>(), pause(cycles), prefetch(from)
 //   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits
 //   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
 //   launch, multiprocessors, shared_limit, last_error   on the host

@@ -90,8 +90,10 @@ struct Arrival {
 };
 #if __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
-MATE_DEVICE void prepare_arrival(Arrival& x) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&x)) : "memory");
+// Complete with so many arrivals, and the bytes they announce.
+MATE_DEVICE void prepare_arrival(Arrival& x, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&x)), "r"(arrivals)
+               : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 MATE_DEVICE void expect_bytes(Arrival& x, int bytes) {
@@ -118,13 +120,66 @@ MATE_DEVICE void wait_arrival(Arrival& x, int times) {
       "r"(times % 2)
       : "memory");
 }
+MATE_DEVICE void arrive(Arrival& x) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&x)) : "memory");
+}
+MATE_DEVICE void arrive_warp(Arrival& x) {
+  __syncwarp();
+  if (lane_index() == 0) arrive(x);
+}
+MATE_DEVICE void arrive_with_copies(Arrival& x) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&x))
+               : "memory");
+}
 #else
 constexpr bool kBulkCopies = false;
-MATE_DEVICE void prepare_arrival(Arrival&) {}
+MATE_DEVICE void prepare_arrival(Arrival&, int) {}
 MATE_DEVICE void expect_bytes(Arrival&, int) {}
 MATE_DEVICE void copy_bulk(void*, const void*, int, Arrival&) {}
 MATE_DEVICE void prefetch_bulk(const void*, int) {}
 MATE_DEVICE void wait_arrival(Arrival&, int) {}
+MATE_DEVICE void arrive(Arrival&) {}
+MATE_DEVICE void arrive_warp(Arrival&) {}
+MATE_DEVICE void arrive_with_copies(Arrival&) {}
+#endif
+
+// ---- warp groups that only copy -----------------------------------------------------------------
+
+#if defined(MATE_HAS_GROUP_PRODUCTS)
+constexpr bool kProducers = true;
+// Of the first kThreads threads of a block.
+template <int kThreads>
+MATE_DEVICE void barrier_of_first() {
+  asm volatile("barrier.cta.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+// From here on each thread of the calling warp group has so many registers.
+template <int kRegisters>
+MATE_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+MATE_DEVICE void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+MATE_DEVICE void pause(int cycles) {
+  const int64_t start = clock64();
+  while (clock64() - start < cycles) {
+  }
+}
+// The 128 bytes around `from` into the L2 cache.
+MATE_DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+#else
+constexpr bool kProducers = false;
+template <int>
+MATE_DEVICE void barrier_of_first() {}
+template <int>
+MATE_DEVICE void take_registers() {}
+template <int>
+MATE_DEVICE void leave_registers() {}
+MATE_DEVICE void pause(int) {}
+MATE_DEVICE void prefetch(const void*) {}
 #endif
 
 // ---- products -----------------------------------------------------------------------------------

@@ -100,11 +100,24 @@ inline uint16_t to_fp16(float x) {
 // Not emulated.
 struct Arrival {};
 constexpr bool kBulkCopies = false;
-inline void prepare_arrival(Arrival&) {}
+inline void prepare_arrival(Arrival&, int) {}
 inline void expect_bytes(Arrival&, int) {}
 inline void copy_bulk(void*, const void*, int, Arrival&) {}
 inline void prefetch_bulk(const void*, int) {}
 inline void wait_arrival(Arrival&, int) {}
+inline void arrive(Arrival&) {}
+inline void arrive_warp(Arrival&) {}
+inline void arrive_with_copies(Arrival&) {}
+
+constexpr bool kProducers = false;
+template <int>
+inline void barrier_of_first() {}
+template <int>
+inline void take_registers() {}
+template <int>
+inline void leave_registers() {}
+inline void pause(int) {}
+inline void prefetch(const void*) {}
 
 inline float shuffle_xor(float x, int mask) {
   struct Lane {
