@@ -81,8 +81,7 @@ MATE_DEVICE Sequence sequence_at(const Params& p, int64_t n) {
 // The number of the sequence that a chunk belongs to; num_seqs if it lies beyond the last.
 MATE_DEVICE int64_t sequence_of(const Params& p, int64_t chunk) {
   if (!p.args.cu_seqlens) {  // the host keeps these within 31 bits, whose division is shorter
-    return static_cast<uint32_t>(chunk) /
-           static_cast<uint32_t>(divide_up(p.args.seq_len, kChunk));
+    return static_cast<uint32_t>(chunk) / static_cast<uint32_t>(divide_up(p.args.seq_len, kChunk));
   }
   int64_t low = 0, high = p.args.num_seqs + 1;  // first_chunk[low] <= chunk < first_chunk[high]
   while (high - low > 1) {

@@ -561,8 +561,7 @@ MATE_DEVICE void begin_copies(ScanShared<kSlice, kStages>& shared) {
       clear_upper<Crew<kSlice>::kThreads>(shared.stage[i].operands);
     }
     if (thread_index() == Crew<kSlice>::kFirstCopier) {
-      prepare_arrival(shared.arrival[i],
-                      Crew<kSlice>::kProducer ? 1 + Crew<kSlice>::kCopiers : 1);
+      prepare_arrival(shared.arrival[i], Crew<kSlice>::kProducer ? 1 + Crew<kSlice>::kCopiers : 1);
       if (Crew<kSlice>::kProducer) prepare_arrival(shared.read[i], Crew<kSlice>::kOwners);
     }
   }

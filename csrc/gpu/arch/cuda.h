@@ -13,7 +13,8 @@
 #define MATE_BARRIER() __syncthreads()
 #define MATE_WARP_BARRIER() __syncwarp()
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// The build says MATE_SM_90A if it compiles for sm_90a, which the host must know as well.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && defined(MATE_SM_90A)
 #define MATE_HAS_GROUP_PRODUCTS 1  // wgmma.h
 #endif
 
@@ -198,10 +199,10 @@ MATE_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
 }
 MATE_DEVICE void store_matrices(const uint32_t (&x)[4], void* row) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
-               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+      : "memory");
 #else
   const uint32_t address = shared_address(row);
 #pragma unroll
@@ -277,7 +278,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 // Whether the kernels that run on this device have GroupProducts of their own.
-inline bool group_products() { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
+inline bool group_products() {
+#if defined(MATE_SM_90A)
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+#else
+  return false;
+#endif
+}
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
