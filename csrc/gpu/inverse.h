@@ -80,8 +80,10 @@ template <int kTiles>
 MATE_DEVICE void fill_corner(PrepareShared& shared, int left, int i, int j) {
   const int right = left + kTiles;
   FragC corner = {};
+  MATE_NO_UNROLL
   for (int n = j; n < kTiles; ++n) {
     FragC c = {};
+    MATE_NO_UNROLL
     for (int m = 0; m <= i; ++m) {
       multiply(c, load_split_a(shared.T_high, shared.T_low, right + i, right + m),
                load_split_b(shared.L_high, shared.L_low, right + m, left + n));
@@ -97,8 +99,7 @@ MATE_DEVICE void fill_corner(PrepareShared& shared, int left, int i, int j) {
   store_c_rows(s.low, Tile<kChunk>{shared.T_low}, row, column);
 }
 
-MATE_DEVICE void invert(PrepareShared& shared) {
-  const int warp = thread_index() / 32;
+MATE_DEVICE void invert(PrepareShared& shared, int warp) {
   solve_diagonal(shared, warp);
   MATE_WARP_BARRIER();
   split_diagonal(shared, warp);

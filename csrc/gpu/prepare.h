@@ -261,7 +261,7 @@ prepare(const Params p) {
     store_products(shared, warp, 1, far[1]);
   }
   MATE_WARP_BARRIER();
-  invert(shared);
+  invert(shared, warp);
   store_matrices(shared, warp, out);
 }
 

@@ -46,7 +46,11 @@ MATE_DEVICE float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-MATE_DEVICE float fast_rsqrt(float x) { return rsqrtf(x); }
+MATE_DEVICE float fast_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 MATE_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 MATE_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t both;
