@@ -193,13 +193,6 @@ MATE_DEVICE void store_matrices(const PrepareShared& shared, int warp, Operands&
   }
 }
 
-// The tile that a warp takes. The later ones have more products; which warp gets them differs from
-// block to block, since a multiprocessor's schedulers each serve one warp of every block. The top
-// bits of a multiple of the golden ratio spread blocks that are any distance apart.
-MATE_DEVICE int role_of_warp(uint32_t block) {
-  return (thread_index() / 32 + static_cast<int>(block * 0x9e3779b9u >> 30)) % kTokenTiles;
-}
-
 template <int32_t kDtype>
 MATE_KERNEL(kPrepareThreads, kPrepareBlocks)
 prepare(const Params p) {
@@ -210,7 +203,7 @@ prepare(const Params p) {
   const int64_t n = sequence_of(p, chunk);
   if (n >= p.args.num_seqs) return;
   const Sequence sequence = sequence_at(p, n);
-  const int warp = role_of_warp(block), first = warp * kBlock;
+  const int warp = thread_index() / 32, first = warp * kBlock;
   const int64_t token = sequence.begin + (chunk - sequence.first_chunk) * kChunk + first;
   const int64_t left = sequence.end - token;
   const int count = static_cast<int>(left < 0 ? 0 : left < kBlock ? left : kBlock);
