@@ -299,6 +299,7 @@ def main() -> int:
                     f"{best / times[OURS]:.2f}" if best else "",
                 )
             )
+            tqdm.write("  ".join(rows[-1]), file=sys.stderr)
             for name in names:
                 ratios[name][f"{shape}, {regime[0].upper()}"] = times[name] * 1e3
         softplus = {}
