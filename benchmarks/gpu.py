@@ -41,9 +41,10 @@ EXPLANATION = f"""\
   and sigmoid inside the call: bf16, bounded gate, 128 channels a head, fp32 state in and out.
 - *forgetting* (F): gates drawn as kernel benchmarks do, each token forgets a factor of e^2.5 or
   more; *remembering* (R): gates as a freshly initialised layer has them.
-- Times are milliseconds a call, medians of calls that take turns, each timed with two events and
-  called from Python. floor: q, k, v, g, beta and the output once, and the states, at the rate of a
-  copy within the GPU."""
+- Times are milliseconds a call, medians of calls that take turns. Each is called from Python and
+  timed with two events, behind a write to 1 GiB that empties the L2 cache and lets Python run
+  ahead. floor: q, k, v, g, beta and the output once, and the states, at the rate of a copy within
+  the GPU."""
 
 
 class Shape(NamedTuple):
@@ -313,6 +314,8 @@ def main() -> int:
 
     header = ("shape", *names, "floor", "over floor", "times faster than the best peer")
     command = "python benchmarks/gpu.py" + " --quick" * args.quick
+    if args.paths != list(PATHS):
+        command += " --paths " + " ".join(args.paths)
     errors_table = table(
         ("path", "output", "state"),
         [(name, *(f"{e:.1e}" for e in pair)) for name, pair in worst.items()],
