@@ -289,7 +289,10 @@ inline bool group_products() {
   return false;
 #endif
 }
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int multiprocessors() {  // also where there is no device, so that the launch says so
+  const int count = device_attribute(cudaDevAttrMultiProcessorCount);
+  return count > 0 ? count : 1;
+}
 inline int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 }  // namespace gpu
