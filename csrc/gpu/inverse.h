@@ -57,10 +57,7 @@ MATE_DEVICE void multiply(FragC& c, const SplitA& a, const SplitB& b) {
 }
 
 MATE_DEVICE SplitA to_split_operand(const FragC& c, uint16_t* scratch) {
-  FragC rest;
-  MATE_UNROLL
-  for (int v = 0; v < 8; ++v) rest.x[v] = c.x[v] - from_bits(uint32_t{to_bf16(c.x[v])} << 16);
-  return {to_operand(c, scratch), to_operand(rest, scratch)};
+  return {to_operand(c, scratch), to_operand(rest_of(c), scratch)};
 }
 
 // The tile {i, j} of a matrix.

@@ -90,13 +90,13 @@ MATE_DEVICE void form_operands(const Tokens& t, const Decays& decays, bool by_pa
 // ---- products -----------------------------------------------------------------------------------
 
 // Between tokens of two tiles: L_ij = <k_i, k_j>, P_ij = <q_i, k_j>, decays included.
-struct Products {
+struct TileProducts {
   FragC L, P;
 };
 
 template <class RowsK, class RowsQ, class ColumnsK>
-MATE_DEVICE Products multiply_tiles(const RowsK& k, const RowsQ& q, const ColumnsK& columns) {
-  Products c = {};
+MATE_DEVICE TileProducts multiply_tiles(const RowsK& k, const RowsQ& q, const ColumnsK& columns) {
+  TileProducts c = {};
   MATE_UNROLL
   for (int i = 0; i < kDim; i += kBlock) {
     const FragB b = load_b_columns(columns, 0, i);
@@ -108,13 +108,13 @@ MATE_DEVICE Products multiply_tiles(const RowsK& k, const RowsQ& q, const Column
 
 // Those of a tile with itself, from differences: of any gates, but slowly.
 template <int32_t kDtype>
-MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared) {
+MATE_DEVICE TileProducts multiply_pairs(const Tokens& t, const PrepareShared& shared) {
   const TileShared& tile = shared.tile[t.first / kBlock];
   const int channel = lane_channel();
   const auto row = [&](const uint16_t* matrix, int i) {
     return unpack_four<kDtype>(Tile<kDim>{matrix}.at(i, channel));
   };
-  Products c = {};
+  TileProducts c = {};
   MATE_NO_UNROLL
   for (int i = 0; i < kBlock; ++i) {
     const Four k_i = row(tile.k, i) * shared.k_norm[t.first + i];
@@ -147,7 +147,7 @@ MATE_DEVICE Products multiply_pairs(const Tokens& t, const PrepareShared& shared
 }
 
 // A tile off the diagonal.
-MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const Products& c) {
+MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const TileProducts& c) {
   const int row = i * kBlock, column = j * kBlock;
   const Split L = split(c.L);
   store_c_rows(L.high, Tile<kChunk>{shared.L_high}, row, column);
@@ -155,7 +155,7 @@ MATE_DEVICE void store_products(PrepareShared& shared, int i, int j, const Produ
   store_c_rows(rounded(c.P).both, Tile<kChunk>{shared.P}, row, column);
 }
 
-MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, Products& c) {
+MATE_DEVICE void store_diagonal(PrepareShared& shared, int i, TileProducts& c) {
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
     shared.L[i][row_of(v)][column_of(v)] = c.L.x[v];
@@ -234,7 +234,7 @@ prepare(const Params p) {
   MATE_BARRIER();
 
   const bool by_pairs = any_below(total, kSafe);
-  Products own, near, far[2];
+  TileProducts own, near, far[2];
   if (by_pairs) own = multiply_pairs<kDtype>(t, shared);
   const Decays decays = find_decays(shared, warp, total);
   form_operands<kDtype>(t, decays, by_pairs, shared, out);

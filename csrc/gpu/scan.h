@@ -64,18 +64,6 @@ MATE_DEVICE FragA form_error(const uint32_t (&both)[4], const FragC& held, uint1
   return to_operand(error, scratch);
 }
 
-// What a bf16 operand leaves out.
-MATE_DEVICE FragA form_rest(const FragC& c, uint16_t* scratch) {
-  FragC rest;
-  MATE_UNROLL
-  for (int v = 0; v < 8; v += 2) {
-    const uint32_t high = pack_bf16(c.x[v], c.x[v + 1]);
-    rest.x[v] = c.x[v] - from_bits(high << 16);
-    rest.x[v + 1] = c.x[v + 1] - from_bits(high & 0xffff0000u);
-  }
-  return to_operand(rest, scratch);
-}
-
 // O^T = held + V'^T P^T, to where v was.
 template <int32_t kDtype, int kSlice>
 MATE_DEVICE void keep_output(const FragC (&held)[2 * kTokenTiles],
@@ -139,22 +127,17 @@ struct Rest {
     return true;
   }
 
-  MATE_DEVICE void advance(const Params& p) {
-    operands += p.args.heads_v;
-    v += kChunk * p.args.v.stride[1];
-    output += kChunk * p.args.output.stride[1];
-    tokens -= kChunk;
-    --chunks;
+  MATE_DEVICE void advance(const Params& p, int count = 1) {
+    operands += count * p.args.heads_v;
+    v += static_cast<int64_t>(count) * kChunk * p.args.v.stride[1];
+    output += static_cast<int64_t>(count) * kChunk * p.args.output.stride[1];
+    tokens -= count * kChunk;
+    chunks -= count;
   }
 
   MATE_DEVICE Rest last(const Params& p, int count) const {
     Rest rest = *this;
-    const int64_t skipped = chunks - count;
-    rest.operands += skipped * p.args.heads_v;
-    rest.v += skipped * kChunk * p.args.v.stride[1];
-    rest.output += skipped * kChunk * p.args.output.stride[1];
-    rest.tokens -= static_cast<int>(skipped) * kChunk;
-    rest.chunks = count;
+    rest.advance(p, chunks - count);
     return rest;
   }
 };
@@ -218,7 +201,7 @@ MATE_DEVICE void walk_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   for (int t = 0; t < kTokenTiles; ++t) high[t] = to_operand(corrected.tile(t), scratch);
   const auto form_low = [&] {
     MATE_UNROLL
-    for (int t = 0; t < kTokenTiles; ++t) low[t] = form_rest(corrected.tile(t), scratch);
+    for (int t = 0; t < kTokenTiles; ++t) low[t] = to_operand(rest_of(corrected.tile(t)), scratch);
   };
   Products::begin();
   if (kOutput) {

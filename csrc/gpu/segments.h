@@ -58,16 +58,9 @@ MATE_DEVICE void keep_transposed(const State& s, int row, const Tile<kDim>& high
                                  const Tile<kDim>& low) {
   MATE_UNROLL
   for (int t = 0; t < kKeyTiles; ++t) {
-    uint32_t both[4], rest[4];
-    MATE_UNROLL
-    for (int v = 0; v < 8; v += 2) {
-      const float x = s.tile[t].x[v], y = s.tile[t].x[v + 1];
-      both[v / 2] = pack_bf16(x, y);
-      rest[v / 2] =
-          pack_bf16(x - from_bits(both[v / 2] << 16), y - from_bits(both[v / 2] & 0xffff0000u));
-    }
-    store_c_columns(both, high, t * kBlock, row);
-    store_c_columns(rest, low, t * kBlock, row);
+    const Split x = split(s.tile[t]);
+    store_c_columns(x.high, high, t * kBlock, row);
+    store_c_columns(x.low, low, t * kBlock, row);
   }
 }
 

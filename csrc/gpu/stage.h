@@ -108,9 +108,9 @@ MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, int copi
   if (copier < kDim / 4) copy_async(to.decay + copier * 4, from.decay + copier * 4);
 }
 
-// The same by one thread.
+// The same in bulk: announced, and all but the matrices,
 template <bool kOutput>
-MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival& arrival) {
+MATE_DEVICE void copy_rows_bulk(StageOperands& to, const Operands& from, Arrival& arrival) {
   constexpr int kPart = kChunk * kPanel;
   expect_bytes(arrival,
                kOutput ? sizeof(Operands) : sizeof(Operands) - sizeof(from.P) - 2 * kPart * 2);
@@ -124,47 +124,39 @@ MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival&
     }
   }
   copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
+}
+
+// and a matrix; `column`: elements from one tile column to the next.
+MATE_DEVICE void copy_lower_bulk(uint16_t* to, int column, const uint16_t* from, Arrival& arrival) {
   MATE_UNROLL
   for (int j = 0; j < kTokenTiles; ++j) {
-    const auto copy = [&](uint16_t* tiles, const uint16_t* lower) {
-      copy_bulk(tiles + j * kTileSize, lower + lower_tile(j, j) * kTileSize,
-                (kTokenTiles - j) * kTileSize * 2, arrival);
-    };
-    copy(to.T[j][0], from.T_low);
-    copy(to.T[j][1], from.T_high);
-    if (kOutput) copy(to.P[j], from.P);
+    copy_bulk(to + j * (column + kTileSize), from + lower_tile(j, j) * kTileSize,
+              (kTokenTiles - j) * kTileSize * 2, arrival);
   }
 }
 
-// The same by one lane of each of four warps, which takes several hundred cycles off.
+// All of it by one thread.
+template <bool kOutput>
+MATE_DEVICE void copy_operands(StageOperands& to, const Operands& from, Arrival& arrival) {
+  copy_rows_bulk<kOutput>(to, from, arrival);
+  copy_lower_bulk(to.T[0][0], sizeof(to.T[0]) / 2, from.T_low, arrival);
+  copy_lower_bulk(to.T[0][1], sizeof(to.T[0]) / 2, from.T_high, arrival);
+  if (kOutput) copy_lower_bulk(to.P[0], sizeof(to.P[0]) / 2, from.P, arrival);
+}
+
+// By one lane of each of four warps, which takes several hundred cycles off.
 template <bool kOutput>
 MATE_DEVICE void produce_operands(StageOperands& to, const Operands& from, Arrival& arrival,
                                   int warp) {
-  constexpr int kPart = kChunk * kPanel;
   if (warp == 0) {
-    expect_bytes(arrival,
-                 kOutput ? sizeof(Operands) : sizeof(Operands) - sizeof(from.P) - 2 * kPart * 2);
-    if (kOutput) {
-      copy_bulk(to.rows, from.rows, sizeof(from.rows), arrival);
-    } else {
-      MATE_UNROLL
-      for (int part = 0; part < 2 * 3; ++part) {
-        if (part % 3 == 1) continue;
-        copy_bulk(to.rows + part * kPart, from.rows + part * kPart, kPart * 2, arrival);
-      }
-    }
-    copy_bulk(to.decay, from.decay, sizeof(from.decay), arrival);
-    return;
-  }
-  if (!kOutput && warp == 3) return;
-  const bool P = warp == 3;
-  uint16_t* const tiles = P ? to.P[0] : to.T[0][warp - 1];
-  const int column = P ? sizeof(to.P[0]) / 2 : sizeof(to.T[0]) / 2;
-  const uint16_t* const lower = P ? from.P : warp == 1 ? from.T_low : from.T_high;
-  MATE_UNROLL
-  for (int j = 0; j < kTokenTiles; ++j) {
-    copy_bulk(tiles + j * (column + kTileSize), lower + lower_tile(j, j) * kTileSize,
-              (kTokenTiles - j) * kTileSize * 2, arrival);
+    copy_rows_bulk<kOutput>(to, from, arrival);
+  } else if (kOutput || warp < 3) {
+    const bool P = warp == 3;
+    copy_lower_bulk(P ? to.P[0] : to.T[0][warp - 1], P ? sizeof(to.P[0]) / 2 : sizeof(to.T[0]) / 2,
+                    P           ? from.P
+                    : warp == 1 ? from.T_low
+                                : from.T_high,
+                    arrival);
   }
 }
 

@@ -89,10 +89,6 @@ MATE_DEVICE float from_16_bits(uint32_t bits) {
   return from_bits(bits << 16);
 }
 template <int32_t kDtype>
-MATE_DEVICE uint16_t to_16_bits(float x) {
-  return kDtype == MATE_FLOAT16 ? to_fp16(x) : to_bf16(x);
-}
-template <int32_t kDtype>
 MATE_DEVICE uint32_t pack(float low, float high) {
   if (kDtype == MATE_BFLOAT16) return pack_bf16(low, high);
   return to_fp16(low) | static_cast<uint32_t>(to_fp16(high)) << 16;
@@ -130,7 +126,19 @@ MATE_DEVICE Split split(const FragC& c) {
   return s;
 }
 
-// And in one.
+// What one term leaves out.
+MATE_DEVICE FragC rest_of(const FragC& c) {
+  FragC rest;
+  MATE_UNROLL
+  for (int v = 0; v < 8; v += 2) {
+    const uint32_t high = pack_bf16(c.x[v], c.x[v + 1]);
+    rest.x[v] = c.x[v] - from_bits(high << 16);
+    rest.x[v + 1] = c.x[v + 1] - from_bits(high & 0xffff0000u);
+  }
+  return rest;
+}
+
+// An accumulator in one term.
 struct Rounded {
   uint32_t both[4];
 };
