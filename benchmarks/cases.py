@@ -11,6 +11,13 @@ from torch import Tensor
 from mate.functional.reference import log_decay
 
 D = 128
+# relative RMS errors of output and state that the operator promises
+BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 4e-3)}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    error = (actual.double() - expected).square().mean().sqrt()
+    return (error / expected.square().mean().sqrt()).item()
 
 
 @dataclass

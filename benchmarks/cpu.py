@@ -17,7 +17,7 @@ from typing import Any
 
 import layers
 import torch
-from cases import D, draw
+from cases import BOUNDS, D, draw, relative_error
 from paths import (
     FUSED,
     ISAS,
@@ -32,7 +32,6 @@ from paths import (
 )
 from report import machine, plot, shown, table
 from timing import Timing, interleaved, peak_bytes
-from torch import Tensor
 from tqdm import tqdm
 
 from mate.functional.reference import kda_reference
@@ -40,8 +39,6 @@ from mate.functional.reference import kda_reference
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GATES, REGIMES = ("bounded", "softplus"), ("forgetting", "remembering")
-# relative RMS errors of output and state that the operator promises
-BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 4e-3)}
 # Floating-point operations a token and value head: three products with the state, and about a
 # tenth of that inside a tile (docs/algorithm.md).
 FLOP = 3 * 2 * D * D + 10_000
@@ -60,11 +57,6 @@ EXPLANATION = f"""\
 
 
 # ---------------------------------------------------------------- right before fast
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    error = (actual.double() - expected).square().mean().sqrt()
-    return (error / expected.square().mean().sqrt()).item()
 
 
 def verify(tokens: int, progress: tqdm) -> tuple[str, bool]:
