@@ -12,7 +12,9 @@ class KdaCall:
     q, k [B, T, Hqk, K]; v, g [B, T, Hv, V]; beta [B, T, Hv]; states [N, Hv, V, K], or
     [N, Hv, K, V] when ``state_v_first`` is false. With ``cu_seqlens`` B is 1 and N sequences lie
     one after another; otherwise N = B. ``A_log`` None: g is the natural-log decay itself;
-    ``lower_bound`` None: the softplus gate.
+    ``lower_bound`` None: the softplus gate. With ``state_indices`` [N] the states are a pool
+    [P, Hv, V, K], of which sequence n has the one at its index, outside the pool none.
+    ``token_states`` [B, T, Hv, V, K], each state contiguous: written where ``recurrent``.
     """
 
     q: Tensor
@@ -32,6 +34,8 @@ class KdaCall:
     neg_eigval: bool
     state_v_first: bool
     recurrent: bool
+    state_indices: Tensor | None = None
+    token_states: Tensor | None = None
 
     @property
     def num_seqs(self) -> int:

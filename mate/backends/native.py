@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mate.backends.call import KdaCall
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GATE_LOG_DECAY, GATE_BOUNDED, GATE_SOFTPLUS = 0, 1, 2
 AUTO, CHUNK, RECURRENT = 0, 1, 2
@@ -26,7 +26,7 @@ STATUS = {1: "out of memory", 2: "unsupported arguments"}
 # Structures are packed in one go: ctypes would take longer to fill them field by field than a
 # decode step of a small layer takes.
 TENSOR = "P3qi0q"  # mate_tensor; 0q: padded to the alignment of int64_t, as C does
-_KDA = struct.Struct("@" + 8 * TENSOR + "3P5q2f5i0q")  # mate_kda_args
+_KDA = struct.Struct("@" + 9 * TENSOR + "Pq3P5q2f6i0q")  # mate_kda_args
 _NO_TENSOR = (0, 0, 0, 0, 0)
 
 
@@ -120,6 +120,14 @@ def tensor_fields(x: Tensor | None) -> tuple[int, ...]:
     return x.data_ptr(), *stride, *(0,) * (3 - len(stride)), DTYPE_CODES[x.dtype]
 
 
+def index_fields(indices: Tensor | None, pool: Tensor | None) -> tuple[int, int]:
+    """state_indices and num_states of a structure."""
+    if indices is None:
+        return 0, 0
+    assert pool is not None
+    return indices.data_ptr(), pool.shape[0]
+
+
 def _fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -128,6 +136,7 @@ def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[byt
     """The ``mate_kda_args`` of a call, and tensors made for it, to be kept until it returns."""
     A_log, dt_bias = _fp32(call.A_log), _fp32(call.dt_bias)
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    indices = None if call.state_indices is None else call.state_indices.contiguous()
     gate = GATE_LOG_DECAY
     if A_log is not None:
         gate = GATE_SOFTPLUS if call.lower_bound is None else GATE_BOUNDED
@@ -137,10 +146,13 @@ def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[byt
         fields += tensor_fields(x)
     packed = _KDA.pack(
         *fields,
+        *tensor_fields(call.token_states),
+        *index_fields(indices, call.initial_state),
         *(0 if x is None else x.data_ptr() for x in (A_log, dt_bias, cu_seqlens)),
         call.num_seqs, tokens, tokens, call.q.shape[2], call.v.shape[2],
         call.scale, call.lower_bound or 0.0,
         cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+        indices is not None and indices.dtype == torch.int64,
         gate,
         L2NORM * call.l2norm
         | BETA_SIGMOID * call.beta_sigmoid
@@ -149,7 +161,7 @@ def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[byt
         RECURRENT if call.recurrent else AUTO,
         torch.get_num_threads(),
     )  # fmt: skip
-    return packed, [x for x in (A_log, dt_bias, cu_seqlens) if x is not None]
+    return packed, [x for x in (A_log, dt_bias, cu_seqlens, indices) if x is not None]
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:

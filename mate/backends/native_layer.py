@@ -15,7 +15,7 @@ MAX_CONV_WIDTH = 8
 _ROWS = "Pqi0q"  # mate_rows
 _SHORT_CONV = struct.Struct("@" + 4 * TENSOR + _ROWS + "P4q3i0q")
 _GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi0q")
-_DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "2P3q3f4i0q")
+_DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "3Pq3q3f5i0q")
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -89,12 +89,13 @@ def decode_step(
     norm_eps: float,
     lower_bound: float | None,
     flags: int,
+    state_indices: Tensor | None = None,
 ) -> None:
     """One token a sequence; see ``mate_decode_args``.
 
     ``rows``: q, k, v, g, beta, output gate, output and conv state, each row contiguous;
     ``weights``: contiguous, of the convolutions of q, k and v and of the norm; A_log and dt_bias:
-    contiguous fp32; ``heads``: (q/k, value).
+    contiguous fp32; ``heads``: (q/k, value); ``state_indices``: contiguous int32 or int64.
     """
     fields: list[int] = []
     for x in rows:
@@ -106,8 +107,10 @@ def decode_step(
         "mate_decode_step",
         _DECODE.pack(
             *fields, state.data_ptr(), *state.stride()[:3], DTYPE_CODES[state.dtype],
-            A_log.data_ptr(), dt_bias.data_ptr(), rows[0].shape[0], *heads,
+            A_log.data_ptr(), dt_bias.data_ptr(), *native.index_fields(state_indices, state),
+            rows[0].shape[0], *heads,
             HEAD_DIM**-0.5, lower_bound or 0.0, norm_eps,
+            state_indices is not None and state_indices.dtype == torch.int64,
             width, gate, native.L2NORM | native.BETA_SIGMOID | flags, torch.get_num_threads(),
         ),
     )  # fmt: skip

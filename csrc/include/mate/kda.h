@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MATE_ABI_VERSION 1
+#define MATE_ABI_VERSION 2
 #define MATE_HEAD_DIM 128
 
 enum mate_dtype { MATE_FLOAT32 = 0, MATE_FLOAT16 = 1, MATE_BFLOAT16 = 2 };
@@ -36,13 +36,20 @@ typedef struct {
 typedef struct {
   mate_tensor q, k, v, g, beta, output;
   mate_tensor initial_state, final_state;  // data may be null: start from zeros, do not store
-  const float* A_log;                      // [heads_v] or null
-  const float* dt_bias;                    // [heads_v, 128] or null
+  // The state after each token, {batch, token, head}, each contiguous; data may be null. Only with
+  // MATE_RECURRENT.
+  mate_tensor token_states;
+  // [num_seqs] or null: of num_states states in initial_state and final_state, sequence n has the
+  // one at state_indices[n]; outside [0, num_states) it starts from zeros and stores none.
+  const void* state_indices;
+  int64_t num_states;
+  const float* A_log;      // [heads_v] or null
+  const float* dt_bias;    // [heads_v, 128] or null
   const void* cu_seqlens;  // [num_seqs + 1] or null: num_seqs rows of seq_len tokens
   int64_t num_seqs, seq_len, total_tokens;
   int64_t heads_qk, heads_v;
   float scale, lower_bound;
-  int32_t cu_seqlens_is_64bit;
+  int32_t cu_seqlens_is_64bit, state_indices_is_64bit;
   int32_t gate, flags, algorithm;
   int32_t threads;
 } mate_kda_args;

@@ -44,16 +44,19 @@ typedef struct {
 // recurrence, the gated norm. Rows are batch rows: q, k: heads_qk * 128 channels; v, g,
 // output_gate, output: heads_v * 128; beta: heads_v. conv_state: rows [2 * heads_qk * 128 +
 // heads_v * 128, width], oldest input first, of q's, k's and v's dtype. state: {sequence, head,
-// row}. Both states are updated in place. Weights [channels, width] are contiguous.
+// row}. Both states are updated in place; with state_indices, as in mate_kda_args, those of row n
+// lie at state_indices[n] of num_states in both. Weights [channels, width] are contiguous.
 typedef struct {
   mate_rows q, k, v, g, beta, output_gate, output, conv_state;
   mate_rows q_weight, k_weight, v_weight, norm_weight;
   mate_tensor state;
-  const float* A_log;    // [heads_v] or null
-  const float* dt_bias;  // [heads_v, 128] or null
+  const float* A_log;         // [heads_v] or null
+  const float* dt_bias;       // [heads_v, 128] or null
+  const void* state_indices;  // [batch] or null
+  int64_t num_states;
   int64_t batch, heads_qk, heads_v;
   float scale, lower_bound, norm_eps;
-  int32_t width, gate, flags, threads;
+  int32_t state_indices_is_64bit, width, gate, flags, threads;
 } mate_decode_args;
 
 // Each runs in at most one parallel region and returns a mate_status.
