@@ -38,18 +38,24 @@ struct alignas(16) Operands {
 
 struct Params {
   mate_kda_args args;
-  Operands* operands;                    // [slab's chunk][value head]
+  Operands* operands;                    // [chunk % ring][value head]
+  uint32_t* reads;                       // alike: how often operands there were read
+  int32_t ring;                          // chunks whose operands there is room for
+  int32_t readers;                       // of a chunk's operands, in `scan`
+  int64_t prepare_begin, prepare_end;    // chunks, of one launch
   int64_t *bounds, *first_chunk;         // [num_seqs + 1], with cu_seqlens: by plan.h
-  float *carry_in, *carry_out;           // [value head][V][K]: of the sequence that a slab cuts
+  float *carry_in, *carry_out;           // [value head]: state of the sequence that a slab cuts
+  int64_t chunks;                        // at most, over all sequences
   int64_t slab_begin, slab_end;          // chunks
   uint32_t group;                        // value heads to a query head
   int64_t segment_chunks, slots;         // a segment's length; as many are kept in what follows
-  float* ends;                           // [slot][value head][V][K]: states, as registers hold them
+  float* ends;                           // [slot][value head]: states, as registers hold them
   uint16_t* maps;                        // [slot][value head][kMapSize]
   int32_t* alive;                        // [slot][value head]: the map is more than zeros
   bool contracts;                        // no map of a chunk grows a state: |k| <= 1, b <= 2
   bool q_aligned, k_aligned, v_aligned;  // every row starts at a multiple of 16 bytes
   bool g_aligned, output_aligned;
+  bool initial_paired, final_paired;  // two neighbouring keys of a state lie side by side
 };
 
 MATE_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,6 +70,9 @@ MATE_DEVICE int64_t offset_of(const mate_tensor& x, int64_t i, int64_t j, int64_
 MATE_DEVICE char* row_at(const mate_tensor& x, int64_t i, int64_t j, int64_t k) {
   return static_cast<char*>(x.data) + offset_of(x, i, j, k) * element_size(x.dtype);
 }
+
+// Whether operands are written in place of others.
+MATE_DEVICE bool wraps(const Params& p) { return p.ring < p.chunks; }
 
 struct Sequence {
   int64_t index, batch, begin, end;  // tokens

@@ -194,12 +194,11 @@ MATE_DEVICE void store_matrices(const PrepareShared& shared, int warp, Operands&
 }
 
 template <int32_t kDtype>
-MATE_KERNEL(kPrepareThreads, kPrepareBlocks)
-prepare(const Params p) {
+MATE_DEVICE void prepare_chunk(const Params& p) {
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(shared_memory());
   const auto block = static_cast<uint32_t>(block_index());  // 32 bits divide faster
   const auto heads = static_cast<uint32_t>(p.args.heads_v);
-  const int64_t chunk = p.slab_begin + block / heads;
+  const int64_t chunk = p.prepare_begin + block / heads;
   const int64_t n = sequence_of(p, chunk);
   if (n >= p.args.num_seqs) return;
   const Sequence sequence = sequence_at(p, n);
@@ -209,7 +208,9 @@ prepare(const Params p) {
   const int count = static_cast<int>(left < 0 ? 0 : left < kBlock ? left : kBlock);
   const Tokens t = {token, static_cast<uint32_t>(sequence.batch), block % heads, first, count};
   TileShared& tile = shared.tile[warp];
-  Operands& out = p.operands[block];
+  const uint32_t round = static_cast<uint32_t>(chunk) / static_cast<uint32_t>(p.ring);
+  const int64_t place = (chunk - static_cast<int64_t>(round) * p.ring) * heads + t.head;
+  Operands& out = p.operands[place];
 
   const Scalars scalars = fetch_scalars(p, t);
   const RowPlaces places;
@@ -231,6 +232,13 @@ prepare(const Params p) {
   MATE_WARP_BARRIER();
   find_norms<kDtype>(p, t, shared);
   store_beta(p, t, scalars.beta, shared);
+  if (kEarlyLaunches && wraps(p) && thread_index() == 0) {
+    if (round == 0) {
+      p.reads[place] = 0;
+    } else {
+      await_count(&p.reads[place], round * p.readers);
+    }
+  }
   MATE_BARRIER();
 
   const bool by_pairs = any_below(total, kSafe);
@@ -263,6 +271,19 @@ prepare(const Params p) {
   MATE_WARP_BARRIER();
   invert(shared, warp);
   store_matrices(shared, warp, out);
+}
+
+// May run beside the launch before it, unless that is `plan`, and does not end before it: what
+// comes behind waits for this launch alone.
+template <int32_t kDtype>
+MATE_KERNEL(kPrepareThreads, kPrepareBlocks)
+prepare(const Params p) {
+  const bool first = p.prepare_begin == 0;
+  if (first) wait_for_before();
+  let_next_begin();
+  prepare_chunk<kDtype>(p);
+  const int64_t last = (p.prepare_end - p.prepare_begin) * p.args.heads_v - 1;
+  if (!first && block_index() == last) wait_for_before();
 }
 
 }  // namespace gpu

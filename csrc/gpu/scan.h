@@ -105,7 +105,7 @@ MATE_DEVICE void store_output(const Stage<kSlice>& stage, int channel, uint16_t*
 
 // What is left of a segment, from some chunk on.
 struct Rest {
-  const Operands* operands;
+  int place, head;    // of the operands: chunk % ring
   const uint16_t* v;  // the slice's first channel
   uint16_t* output;
   int tokens, chunks;
@@ -120,15 +120,27 @@ struct Rest {
     const int64_t token = sequence.begin + (segment.begin - sequence.first_chunk) * kChunk;
     const int64_t most = static_cast<int64_t>(chunks) * kChunk;
     tokens = static_cast<int>(sequence.end - token < most ? sequence.end - token : most);
-    operands = p.operands + (segment.begin - p.slab_begin) * p.args.heads_v + head;
+    place = static_cast<int>(static_cast<uint32_t>(segment.begin) % static_cast<uint32_t>(p.ring));
+    this->head = static_cast<int>(head);
     v = reinterpret_cast<uint16_t*>(row_at(p.args.v, sequence.batch, token, head)) + channel;
     output =
         reinterpret_cast<uint16_t*>(row_at(p.args.output, sequence.batch, token, head)) + channel;
     return true;
   }
 
+  // Some chunks on.
+  MATE_DEVICE int place_of(const Params& p, int ahead) const {
+    return place + ahead < p.ring ? place + ahead : place + ahead - p.ring;
+  }
+  MATE_DEVICE int64_t index(const Params& p, int ahead = 0) const {
+    return place_of(p, ahead) * p.args.heads_v + head;
+  }
+  MATE_DEVICE const Operands& operands(const Params& p, int ahead = 0) const {
+    return p.operands[index(p, ahead)];
+  }
+
   MATE_DEVICE void advance(const Params& p, int count = 1) {
-    operands += count * p.args.heads_v;
+    place = place_of(p, count);
     v += static_cast<int64_t>(count) * kChunk * p.args.v.stride[1];
     output += static_cast<int64_t>(count) * kChunk * p.args.output.stride[1];
     tokens -= count * kChunk;
@@ -151,13 +163,18 @@ MATE_DEVICE void copy_chunk(const Params& p, const Rest& rest, Stage<kSlice>& st
   if (rest.chunks > 0 && copier >= 0) {
     copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
     if (!kBulkCopies) {
-      copy_operands<Crew::kCopiers, kOutput>(stage.operands, *rest.operands, copier);
+      copy_operands<Crew::kCopiers, kOutput>(stage.operands, rest.operands(p), copier);
     } else if (copier == 0) {
-      copy_operands<kOutput>(stage.operands, *rest.operands, arrival);
-      if (rest.chunks > 1) prefetch_bulk(rest.operands + p.args.heads_v, sizeof(Operands));
+      copy_operands<kOutput>(stage.operands, rest.operands(p), arrival);
+      if (rest.chunks > 1) prefetch_bulk(&rest.operands(p, 1), sizeof(Operands));
     }
   }
   copy_commit();
+}
+
+// The first chunk of `rest` is in shared memory: `prepare` may write other operands there.
+MATE_DEVICE void count_read(const Params& p, const Rest& rest) {
+  if (kEarlyLaunches && wraps(p)) count_up(&p.reads[rest.index(p)]);
 }
 
 // The 16 value channels from `channel` of the slice on:
@@ -301,6 +318,7 @@ struct Walk {
         ++count;
         return true;
       }
+      if (kOutput && thread_index() == 0) count_read(p, rest);
       if (owner) {
         walk_chunk<kDtype, kSlice, kOutput>(p, rest, stage, warp * kBlock, s, scratch);
       }
@@ -336,16 +354,24 @@ struct Relay {
   // All of `rest`, as stages are given back; until the last has been. True: a map that may die has.
   MATE_DEVICE bool produce(const Params& p, Rest rest, bool may_die = false) {
     const int first = count, end = count + rest.chunks;
+    Rest read = rest;
     for (; count < end; ++count) {
       if (await_owners(count - kStages, first, may_die)) return true;
+      if (kOutput && count >= kStages) count_read(p, read);
       copy(p, rest);
       rest.advance(p);
     }
     MATE_NO_UNROLL
     for (int i = count - kStages; i < count; ++i) {
       if (await_owners(i, first, may_die)) return true;
+      if (kOutput && i >= 0) count_read(p, read);
     }
     return false;
+  }
+
+  MATE_DEVICE void count_read(const Params& p, Rest& rest) {
+    if (thread_index() == Crew::kFirstCopier) gpu::count_read(p, rest);
+    rest.advance(p);
   }
 
   // Until chunk i has been read. True: the map has died with it.
@@ -360,7 +386,7 @@ struct Relay {
     Arrival& arrival = shared.arrival[count % kStages];
     const int copier = thread_index() - Crew::kFirstCopier;
     if (copier % 32 == 0) {
-      produce_operands<kOutput>(stage.operands, *rest.operands, arrival, copier / 32);
+      produce_operands<kOutput>(stage.operands, rest.operands(p), arrival, copier / 32);
     }
     copy_values<kSlice, Crew::kCopiers>(p, rest.v, rest.tokens, stage.values, copier);
     if (p.v_aligned) {
@@ -373,7 +399,7 @@ struct Relay {
 
   // Two threads a token.
   MATE_DEVICE void prefetch_next(const Params& p, const Rest& rest, int copier) {
-    if (copier == 0) prefetch_bulk(rest.operands + p.args.heads_v, sizeof(Operands));
+    if (copier == 0) prefetch_bulk(&rest.operands(p, 1), sizeof(Operands));
     const int token = kChunk + copier / 2;
     if (token < rest.tokens) {
       prefetch(rest.v + token * p.args.v.stride[1] + copier % 2 * (kSlice / 2));
@@ -433,6 +459,9 @@ scan(const Params p) {
   const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
   const int warp = thread_index() / 32, value = slice + warp * kBlock;
   const bool owner = warp < Crew::kOwners, last = unit >= p.slots;
+  begin_copies(shared);
+  wait_for_before();
+  let_next_begin();
 
   Segment segment;
   if (last) {
@@ -442,7 +471,6 @@ scan(const Params p) {
   }
   Rest rest;
   if (!rest.find(p, segment, head, slice)) return;
-  begin_copies(shared);
   if constexpr (Crew::kProducer) {
     Relay<kSlice, kStages, true> walk = {shared, 0};
     if (owner) {

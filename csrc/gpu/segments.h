@@ -92,8 +92,8 @@ MATE_DEVICE int erasing_chunks(const Params& p, const Rest& rest) {
   Four decay[kRecent];
   MATE_UNROLL
   for (int i = 0; i < kRecent; ++i) {
-    const Operands* chunk = rest.operands + (rest.chunks - 1 - i) * p.args.heads_v;
-    if (i < rest.chunks) decay[i] = load_four(chunk->decay + lane_index() * 4);
+    if (i >= rest.chunks) continue;
+    decay[i] = load_four(rest.operands(p, rest.chunks - 1 - i).decay + lane_index() * 4);
   }
   int count = 0;
   Four left = {{1.0f, 1.0f, 1.0f, 1.0f}};
@@ -199,6 +199,8 @@ map_segments(const Params p) {
   static_assert(sizeof(Shared) >= kMapSize * sizeof(uint16_t), "where the map is transposed");
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   begin_copies(shared);
+  wait_for_before();
+  let_next_begin();
   if constexpr (!MapCrew::kProducer) {
     walk_map<kDtype, kStages, Walk>(p, shared);
   } else if (thread_index() < MapCrew::kFirstCopier) {
@@ -291,6 +293,8 @@ MATE_KERNEL(kJoinThreads, 1) join_segments(const Params p) {
   int32_t* const alive = reinterpret_cast<int32_t*>(&shared + 1);
   const int row_tile = static_cast<int>(block_index() % kJoinBlocks) * kJoinTiles;
   const int64_t head = block_index() / kJoinBlocks % p.args.heads_v;
+  wait_for_before();
+  let_next_begin();
   const Segment last = last_segment(p, block_index() / kJoinBlocks / p.args.heads_v);
   if (last.is_first()) return;
   const int64_t first = (last.part - p.slab_begin) / p.segment_chunks;  // slots

@@ -39,11 +39,31 @@ MATE_DEVICE void each_address(const Params& p, const mate_tensor& x, int64_t seq
   }
 }
 
-// A slot's state: tile after tile, each as the lanes of a warp hold it.
+// The same for two neighbours of a row at a time, where these lie side by side.
+template <class Pairs>
+MATE_DEVICE void each_pair(const mate_tensor& x, int64_t sequence, int64_t head, int value,
+                           const Pairs& pair) {
+  const int size = element_size(x.dtype);
+  char* at[4];
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    at[i] = row_at(x, sequence, head, value + row_of(2 * i)) + column_of(2 * i) * size;
+  }
+  MATE_UNROLL
+  for (int t = 0; t < kKeyTiles; ++t) {
+    MATE_UNROLL
+    for (int i = 0; i < 4; ++i) pair(t, 2 * i, at[i] + t * kBlock * size);
+  }
+}
+
+// States of our own: tile after tile, each as the lanes of a warp hold it.
+MATE_DEVICE float* tile_of(float* states, int64_t index, int row_tile, int key_tile) {
+  return states + index * kDim * kDim + (row_tile * kKeyTiles + key_tile) * kTileSize +
+         lane_index() * 4;
+}
 MATE_DEVICE float* end_tile(const Params& p, int64_t slot, int64_t head, int row_tile,
                             int key_tile) {
-  return p.ends + (slot * p.args.heads_v + head) * kDim * kDim +
-         (row_tile * kKeyTiles + key_tile) * kTileSize + lane_index() * 4;
+  return tile_of(p.ends, slot * p.args.heads_v + head, row_tile, key_tile);
 }
 MATE_DEVICE FragC load_tile(const float* from) {
   const Four a = load_four(from), b = load_four(from + kTileSize / 2);
@@ -54,24 +74,91 @@ MATE_DEVICE void store_tile(float* to, const FragC& c) {
   store_four(to + kTileSize / 2, {{c.x[4], c.x[5], c.x[6], c.x[7]}});
 }
 
-MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t head, int value,
-                            State& s) {
-  if (!segment.is_first()) {
-    const float* from = end_tile(p, segment.slot(p) - 1, head, value / kBlock, 0);
+template <int32_t kDtype>
+MATE_DEVICE void unpack_state(const uint32_t (&both)[kKeyTiles][4], State& s) {
+  MATE_UNROLL
+  for (int t = 0; t < kKeyTiles; ++t) {
     MATE_UNROLL
-    for (int t = 0; t < kKeyTiles; ++t) s.tile[t] = load_tile(from + t * kTileSize);
+    for (int i = 0; i < 4; ++i) {
+      const Pair x = unpack<kDtype>(both[t][i]);
+      s.tile[t].x[2 * i] = x.x;
+      s.tile[t].x[2 * i + 1] = x.y;
+    }
+  }
+}
+
+// All loads are under way before the first is needed.
+MATE_DEVICE void load_initial(const Params& p, int64_t sequence, int64_t head, int value,
+                              State& s) {
+  const mate_tensor& x = p.args.initial_state;
+  const bool wide = x.dtype == MATE_FLOAT32;
+  if (wide && p.initial_paired) {
+    each_pair(x, sequence, head, value, [&](int t, int v, const char* from) {
+      const Pair pair = *reinterpret_cast<const Pair*>(from);
+      s.tile[t].x[v] = pair.x;
+      s.tile[t].x[v + 1] = pair.y;
+    });
     return;
   }
-  const Sequence& sequence = segment.sequence;
-  const mate_tensor& initial = p.args.initial_state;
-  if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
-    const float* carry = p.carry_in + head * kDim * kDim;
-    each_element([&](int t, int v, int row, int key) { s.tile[t].x[v] = carry[row * kDim + key]; },
-                 value);
-  } else if (initial.data) {
-    each_address(p, initial, sequence.index, head, value, [&](int t, int v, const char* from) {
-      s.tile[t].x[v] = load_element(from, 0, initial.dtype);
+  if (wide) {
+    each_address(p, x, sequence, head, value, [&](int t, int v, const char* from) {
+      s.tile[t].x[v] = *reinterpret_cast<const float*>(from);
     });
+    return;
+  }
+  uint32_t both[kKeyTiles][4] = {};
+  if (p.initial_paired) {
+    each_pair(x, sequence, head, value, [&](int t, int v, const char* from) {
+      both[t][v / 2] = *reinterpret_cast<const uint32_t*>(from);
+    });
+  } else {
+    each_address(p, x, sequence, head, value, [&](int t, int v, const char* from) {
+      const uint32_t bits = *reinterpret_cast<const uint16_t*>(from);
+      both[t][v / 2] |= bits << v % 2 * 16;
+    });
+  }
+  if (x.dtype == MATE_FLOAT16) {
+    unpack_state<MATE_FLOAT16>(both, s);
+  } else {
+    unpack_state<MATE_BFLOAT16>(both, s);
+  }
+}
+
+MATE_DEVICE void store_final(const Params& p, int64_t sequence, int64_t head, int value,
+                             const State& s) {
+  const mate_tensor& x = p.args.final_state;
+  if (!p.final_paired) {
+    each_address(p, x, sequence, head, value,
+                 [&](int t, int v, char* to) { store_element(to, 0, x.dtype, s.tile[t].x[v]); });
+    return;
+  }
+  each_pair(x, sequence, head, value, [&](int t, int v, char* to) {
+    const Pair pair = {s.tile[t].x[v], s.tile[t].x[v + 1]};
+    if (x.dtype == MATE_FLOAT32) {
+      *reinterpret_cast<Pair*>(to) = pair;
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = x.dtype == MATE_FLOAT16
+                                             ? pack<MATE_FLOAT16>(pair.x, pair.y)
+                                             : pack<MATE_BFLOAT16>(pair.x, pair.y);
+    }
+  });
+}
+
+MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t head, int value,
+                            State& s) {
+  const auto load_tiles = [&](float* states, int64_t index) {
+    MATE_UNROLL
+    for (int t = 0; t < kKeyTiles; ++t) {
+      s.tile[t] = load_tile(tile_of(states, index, value / kBlock, t));
+    }
+  };
+  const Sequence& sequence = segment.sequence;
+  if (!segment.is_first()) {
+    load_tiles(p.ends, (segment.slot(p) - 1) * p.args.heads_v + head);
+  } else if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
+    load_tiles(p.carry_in, head);
+  } else if (p.args.initial_state.data) {
+    load_initial(p, sequence.index, head, value, s);
   } else {
     each_element([&](int t, int v, int, int) { s.tile[t].x[v] = 0.0f; }, value);
   }
@@ -79,16 +166,14 @@ MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t hea
 
 MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t head, int value,
                              const State& s) {
-  const mate_tensor& final_state = p.args.final_state;
   const bool begun = sequence.first_chunk < p.slab_end;  // empty ones may lie far beyond
   if (begun && sequence.end_chunk > p.slab_end) {
-    float* carry = p.carry_out + head * kDim * kDim;
-    each_element([&](int t, int v, int row, int key) { carry[row * kDim + key] = s.tile[t].x[v]; },
-                 value);
-  } else if (final_state.data) {
-    each_address(p, final_state, sequence.index, head, value, [&](int t, int v, char* to) {
-      store_element(to, 0, final_state.dtype, s.tile[t].x[v]);
-    });
+    MATE_UNROLL
+    for (int t = 0; t < kKeyTiles; ++t) {
+      store_tile(tile_of(p.carry_out, head, value / kBlock, t), s.tile[t]);
+    }
+  } else if (p.args.final_state.data) {
+    store_final(p, sequence.index, head, value, s);
   }
 }
 

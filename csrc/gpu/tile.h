@@ -79,7 +79,7 @@ struct FourRows {
 struct alignas(16) Eight {
   uint32_t x[4];  // 16-bit numbers, two in each
 };
-struct Pair {
+struct alignas(8) Pair {
   float x, y;
 };
 

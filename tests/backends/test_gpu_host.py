@@ -39,9 +39,9 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def few_chunks_a_slab(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Room for 5 chunks of one head: slabs cut sequences everywhere."""
+    """Room for 7 chunks of one head, 2 of two: slabs cut sequences everywhere."""
     folder = tmp_path_factory.mktemp("gpu_host_slabs")
-    return gpu_host.build(folder, "-DMATE_GPU_SLAB_BYTES=(330<<10)")
+    return gpu_host.build(folder, "-DMATE_GPU_MOST_BYTES=(600<<10)")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def segments_of_one(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def segments_in_slabs(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Of 1 chunk, in slabs of at most 5 of one head; and with CUDA's layout."""
     folder = tmp_path_factory.mktemp("gpu_host_segments_in_slabs")
-    flags = ["-DMATE_GPU_SLAB_BYTES=(330<<10)", "-DMATE_GPU_HOST_MMA_SYNC"]
+    flags = ["-DMATE_GPU_MOST_BYTES=(1000<<10)", "-DMATE_GPU_HOST_MMA_SYNC"]
     return gpu_host.build(folder, "-DMATE_GPU_SEGMENT_CHUNKS=1", *flags)
 
 
@@ -105,6 +105,14 @@ def test_slabs(name: str, few_chunks_a_slab: ctypes.CDLL, lib: ctypes.CDLL) -> N
     case, expected = built(name)
     actual = run(few_chunks_a_slab, case)
     check(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
+
+
+def test_operands_in_place_of_others(few_chunks_a_slab: ctypes.CDLL, lib: ctypes.CDLL) -> None:
+    """Room for two chunks, taken sixteen times over."""
+    case = draw(T=1001, Hqk=1, Hv=2, dtype=bf16)
+    actual = run(few_chunks_a_slab, case)
+    check(actual, case.reference())
     assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
 
 

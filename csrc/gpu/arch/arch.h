@@ -24,6 +24,11 @@
 //   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits
 //   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
 //   launch, multiprocessors, shared_limit, last_error   on the host
+//   kEarlyLaunches                                  whether launches may overlap:
+//   wait_for_before(), let_next_begin(), count_up(x), await_count(x, n)
+// A kernel launched as `early` may begin when all blocks of the launch before have called
+// let_next_begin() or ended; wait_for_before() ends when that launch has, with all it wrote. What
+// one of them counts up another may await: then what the counting thread had read may be written.
 // clang-format on
 // An accumulator need not have an operand's layout: to_operand may go through `scratch`,
 // kScratch elements of shared memory a warp.

@@ -148,6 +148,31 @@ MATE_DEVICE void arrive_warp(Arrival&) {}
 MATE_DEVICE void arrive_with_copies(Arrival&) {}
 #endif
 
+// ---- launches that overlap ----------------------------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+constexpr bool kEarlyLaunches = true;
+MATE_DEVICE void wait_for_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+MATE_DEVICE void let_next_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+MATE_DEVICE void count_up(uint32_t* x) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(x) : "memory");
+}
+MATE_DEVICE void await_count(const uint32_t* x, uint32_t n) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(x) : "memory");
+  } while (now < n);
+}
+#else
+constexpr bool kEarlyLaunches = false;
+MATE_DEVICE void wait_for_before() {}
+MATE_DEVICE void let_next_begin() {}
+MATE_DEVICE void count_up(uint32_t*) {}
+MATE_DEVICE void await_count(const uint32_t*, uint32_t) {}
+#endif
+
 // ---- warp groups that only copy -----------------------------------------------------------------
 
 #if defined(MATE_HAS_GROUP_PRODUCTS)
@@ -258,16 +283,42 @@ inline const char* last_error() {
   return launch_error() == cudaSuccess ? "" : cudaGetErrorString(launch_error());
 }
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+// Whether the device runs code for sm_90 or later: of what was compiled, the last that fits it.
+inline bool overlaps() {
+  const int device = device_attribute(cudaDevAttrComputeCapabilityMajor) * 100 +
+                     device_attribute(cudaDevAttrComputeCapabilityMinor) * 10;
+  int best = 0;
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch <= device && arch > best) best = arch;
+  }
+  return best >= 900;
+}
+
 template <class Params>
 inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
-                   void* stream, const Params& params) {
+                   void* stream, const Params& params, bool early = false) {
   const void* function = reinterpret_cast<const void*>(kernel);
   void* arguments[] = {const_cast<Params*>(&params)};
   cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                             arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = early && overlaps() ? 1 : 0;
+    error = cudaLaunchKernelExC(&config, function, arguments);
   }
   if (error == cudaSuccess) return true;
   launch_error() = error;
@@ -275,12 +326,6 @@ inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
   return false;
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
 // Whether the kernels that run on this device have GroupProducts of their own.
 inline bool group_products() {
 #if defined(MATE_SM_90A)

@@ -72,11 +72,15 @@ uint32_t draw(uint32_t below) {
 
 Fibre& self() { return fibres[here->thread]; }
 
-[[noreturn]] void fail(const char* what, int site = kNoSite) {
+}  // namespace
+
+[[noreturn]] void fail(const char* what, int site) {
   snprintf(message, sizeof(message), "block %lld, thread %d: %s (barrier %d)",
            static_cast<long long>(here->block), here->thread, what, site);
   _longjmp(launcher, 2);
 }
+
+namespace {
 
 void make_ready(int thread) {
   Warp& warp = warps[thread / 32];
