@@ -1,0 +1,3 @@
+// The kernels for MUSA GPUs.
+#define MATE_MUSA 1
+#include "forward.h"
