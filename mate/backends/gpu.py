@@ -7,9 +7,12 @@ workspace comes from PyTorch's allocator. Nothing waits for the device.
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import os
+import re
 from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +20,11 @@ from torch import Tensor
 from mate.backends.call import KdaCall
 from mate.backends.native import ABI_VERSION, STATUS, pack
 
-DEVICES = ("cuda",)
+DEVICES = ("cuda", "musa")
 
 
 def library_path(device_type: str) -> Path:
-    """Where a device's library lies; ``MATE_CUDA_LIBRARY`` names another build of it."""
+    """Where a device's library lies; ``MATE_CUDA_LIBRARY``, ``MATE_MUSA_LIBRARY`` name another."""
     named = os.environ.get(f"MATE_{device_type.upper()}_LIBRARY")
     return Path(named) if named else Path(__file__).parents[1] / "lib" / f"libmate_{device_type}.so"
 
@@ -54,15 +57,54 @@ def library(device_type: str) -> ctypes.CDLL | str:
     return load(path)
 
 
-@functools.cache
-def _unfit(index: int | None) -> str | None:
-    """Why the kernels do not run on a CUDA device; asked once."""
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device here"
+# ---- what differs between devices ---------------------------------------------------------------
+
+
+def runtime(device_type: str) -> Any:
+    """torch.cuda or torch.musa; None: PyTorch knows none, since nobody imported torch_musa."""
+    return getattr(torch, device_type, None)
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of PyTorch's current stream on a device."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).cuda_stream
+    return int(runtime("musa").current_stream(device).musa_stream)
+
+
+def _unfit_cuda(index: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the cuda kernels need compute capability 8.0, not {major}.{minor}"
     return None
+
+
+def _unfit_musa(index: int | None) -> str | None:
+    try:
+        version = importlib.metadata.version("torch_musa")
+    except importlib.metadata.PackageNotFoundError:
+        return "torch_musa is not installed"
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < (2, 7):
+        return f"the musa kernels need torch_musa 2.7 or newer, not {version}"
+    major, minor = runtime("musa").get_device_capability(index)
+    if (major, minor) != (3, 1):
+        return f"the musa kernels need compute capability 3.1 (MTT S5000), not {major}.{minor}"
+    return None
+
+
+_UNFIT = {"cuda": _unfit_cuda, "musa": _unfit_musa}
+
+
+@functools.cache
+def _unfit(device_type: str, index: int | None) -> str | None:
+    """Why the kernels do not run on a device; asked once."""
+    if runtime(device_type) is None or not runtime(device_type).is_available():
+        return f"PyTorch finds no {device_type.upper()} device here"
+    return _UNFIT[device_type](index)
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,7 +116,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     lib = library(device.type)
     if isinstance(lib, str):
         return lib
-    return _unfit(device.index)
+    return _unfit(device.type, device.index)
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -86,15 +128,15 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
-    here = device.index == torch.cuda.current_device()
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
+    torch_device = runtime(device.type)
+    here = device.index == torch_device.current_device()
+    with contextlib.nullcontext() if here else torch_device.device(device):
         packed, keep = pack(call, output, final_state)
         size = max(0, lib.mate_gpu_kda_workspace(packed))
         # PyTorch gives memory back to work queued on the same stream only, so that both may be
         # freed before the kernels have run.
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream)
+        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream_of(device))
     del keep
     if status == 3:
         raise RuntimeError(f"a KDA kernel was not launched: {lib.mate_gpu_last_error().decode()}")
