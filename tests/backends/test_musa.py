@@ -5,6 +5,7 @@ Each test is a program, since a process can rename its private device but once. 
 itself behaves like the stand-in cannot be shown here.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -102,6 +103,12 @@ from mate.__main__ import main
 assert main(["check", "--json"]) in (0, 1)
 """
 
+SELFTEST = """
+import json
+from mate.__main__ import main
+assert main(["selftest", "--device", "musa", "--json"]) == 0
+"""
+
 COMPILES = """
 from torch._subclasses import FakeTensorMode
 with FakeTensorMode():
@@ -138,6 +145,7 @@ PROGRAMS = {
     "streams": STREAMS,
     "refuses": REFUSES,
     "check": CHECK,
+    "selftest": SELFTEST,
     "compiles": COMPILES,
     "layer": LAYER,
 }
@@ -165,3 +173,8 @@ def test_on_a_stand_in(name: str, library: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     if name == "check":
         assert '"device": "musa"' in done.stdout
+    if name == "selftest":
+        results = json.loads(done.stdout)["results"]
+        assert all(x["ok"] and x["device"] == "musa" for x in results)
+        assert len([x for x in results if x["operator"] == "kernels"]) == 8
+        assert {x["backend"] for x in results if "bf16" in x["case"]} == {"native", "-"}
