@@ -55,6 +55,7 @@ MATE_DEVICE To same_bits(const From& from) {
   return to;
 }
 MATE_DEVICE float from_bits(uint32_t bits) { return same_bits<float>(bits); }
+MATE_DEVICE uint32_t to_bits(float x) { return same_bits<uint32_t>(x); }
 MATE_DEVICE uint32_t pack_bf16(float low, float high) {
   return same_bits<uint32_t>(__floats2bfloat162_rn(low, high));
 }
@@ -162,6 +163,17 @@ inline int device_attribute(musaDeviceAttr attribute) {
   musaGetDevice(&device);
   musaDeviceGetAttribute(&value, attribute, device);
   return value;
+}
+// Of the current device, which is asked once.
+inline int warp_size() {
+  static thread_local int asked = -1, size = 0;
+  int device = 0;
+  musaGetDevice(&device);
+  if (device != asked) {
+    size = device_attribute(musaDevAttrWarpSize);
+    asked = device;
+  }
+  return size;
 }
 
 // `early`: it may begin before the launch before it has ended, which nothing here makes use of.

@@ -58,6 +58,9 @@ extern "C" int cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, musaStr
 
 extern "C" {
 __device__ float exp2f(float) noexcept;
+__device__ float expf(float) noexcept;
+__device__ float expm1f(float) noexcept;
+__device__ float log1pf(float) noexcept;
 __device__ float log2f(float) noexcept;
 __device__ float rsqrtf(float) noexcept;
 __device__ float fabsf(float) noexcept;
