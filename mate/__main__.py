@@ -17,6 +17,7 @@ import torch
 import mate
 from mate import selftest
 from mate.backends import Choice, NoBackendError, gpu, native
+from mate.backends.devices import DEVICES
 from mate.selftest import devices, report
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -83,7 +84,7 @@ def check() -> dict[str, Any]:
                 "isa": native.isa(),
                 "problem": library if isinstance(library, str) else None,
             },
-            **{device: {"problem": _problem(device)} for device in gpu.DEVICES},
+            **{device: {"problem": _problem(device)} for device in DEVICES},
         },
         "calls": calls,
         "ok": all(call["forward"] == "native" for call in calls),
@@ -98,7 +99,7 @@ def _print(found: dict[str, Any]) -> None:
     print(f"cpu: {cpu['model']}, {cpu['threads']} threads, {' '.join(cpu['features'])}")
     kernels = found["native"]["cpu"]
     print(f"cpu kernels: {kernels['isa'] or 'none'}")
-    for device in gpu.DEVICES:
+    for device in DEVICES:
         problem = found["native"][device]["problem"]
         print(f"{device} kernels: {'none, ' + problem if problem else 'built'}")
     print(f"\n{'device':8}{'dtype':10}{'forward':10}backward")
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         "selftest", help="every operator against float64", description=description
     )
     command.add_argument("--json", action="store_true", help="print it as JSON, with the versions")
-    names = ("cpu", *gpu.DEVICES)
+    names = ("cpu", *DEVICES)
     command.add_argument("--device", nargs="+", choices=names, help="only these types of device")
     command.set_defaults(run=_selftest)
     options = parser.parse_args(arguments)

@@ -7,20 +7,16 @@ workspace comes from PyTorch's allocator. Nothing waits for the device.
 import contextlib
 import ctypes
 import functools
-import importlib.metadata
 import os
-import re
 from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mate.backends.call import KdaCall
+from mate.backends.devices import runtime, stream_of, unfit
 from mate.backends.native import ABI_VERSION, STATUS, pack
-
-DEVICES = ("cuda", "musa")
 
 
 def library_path(device_type: str) -> Path:
@@ -57,56 +53,6 @@ def library(device_type: str) -> ctypes.CDLL | str:
     return load(path)
 
 
-# ---- what differs between devices ---------------------------------------------------------------
-
-
-def runtime(device_type: str) -> Any:
-    """torch.cuda or torch.musa; None: PyTorch knows none, since nobody imported torch_musa."""
-    return getattr(torch, device_type, None)
-
-
-def stream_of(device: torch.device) -> int:
-    """The handle of PyTorch's current stream on a device."""
-    if device.type == "cuda":
-        return torch.cuda.current_stream(device).cuda_stream
-    return int(runtime("musa").current_stream(device).musa_stream)
-
-
-def _unfit_cuda(index: int | None) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"the cuda kernels need compute capability 8.0, not {major}.{minor}"
-    return None
-
-
-def _unfit_musa(index: int | None) -> str | None:
-    try:
-        version = importlib.metadata.version("torch_musa")
-    except importlib.metadata.PackageNotFoundError:
-        return "torch_musa is not installed"
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or tuple(map(int, found.groups())) < (2, 7):
-        return f"the musa kernels need torch_musa 2.7 or newer, not {version}"
-    major, minor = runtime("musa").get_device_capability(index)
-    if (major, minor) != (3, 1):
-        return f"the musa kernels need compute capability 3.1 (MTT S5000), not {major}.{minor}"
-    return None
-
-
-_UNFIT = {"cuda": _unfit_cuda, "musa": _unfit_musa}
-
-
-@functools.cache
-def _unfit(device_type: str, index: int | None) -> str | None:
-    """Why the kernels do not run on a device; asked once."""
-    if runtime(device_type) is None or not runtime(device_type).is_available():
-        return f"PyTorch finds no {device_type.upper()} device here"
-    return _UNFIT[device_type](index)
-
-
-# -------------------------------------------------------------------------------------------------
-
-
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve a call; None when it can."""
     if torch.version.hip:
@@ -116,7 +62,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     lib = library(device.type)
     if isinstance(lib, str):
         return lib
-    return _unfit(device.type, device.index)
+    return unfit(device.type, device.index)
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mate.backends import gpu
+from mate.backends.devices import DEVICES, runtime, stream_of
 
 SIDE = 16
 MASKS = (1, 2, 4, 8, 16, 3, 21, 31)
@@ -26,7 +27,7 @@ class Outcome(NamedTuple):
 
 def missing(device_type: str) -> str | None:
     """Why there is nothing to be probed; None where there is."""
-    if device_type not in gpu.DEVICES:
+    if device_type not in DEVICES:
         return f"{device_type} has no GPU kernels"
     return gpu.refusal(torch.device(device_type), torch.bfloat16)
 
@@ -43,10 +44,10 @@ def measure(device_type: str) -> Tensor:
     if isinstance(lib, str):
         raise RuntimeError(lib)
     lib.mate_gpu_probe.argtypes = [c_void_p, c_void_p, c_void_p]
-    device = torch.device(device_type, gpu.runtime(device_type).current_device())
+    device = torch.device(device_type, runtime(device_type).current_device())
     given = matrices().to(device)
     results = torch.full((8, SIDE * SIDE), torch.nan).to(device)
-    if lib.mate_gpu_probe(given.data_ptr(), results.data_ptr(), gpu.stream_of(device)) != 0:
+    if lib.mate_gpu_probe(given.data_ptr(), results.data_ptr(), stream_of(device)) != 0:
         raise RuntimeError(f"the probe was not launched: {lib.mate_gpu_last_error().decode()}")
     return results.cpu()
 

@@ -27,6 +27,7 @@ importlib.metadata.version = lambda name: installed.get(name) or version_of(name
 import mate
 from kda_cases import draw, rel_rms
 from mate.backends import gpu
+from mate.backends.devices import unfit
 from musa_stand_in import runtime, STREAM
 assert "torch_musa" not in sys.modules
 bf16 = torch.bfloat16
@@ -68,7 +69,7 @@ assert streams == [STREAM, STREAM + 1], streams
 
 REFUSES = """
 def reason(dtype=bf16):
-    gpu._unfit.cache_clear()
+    unfit.cache_clear()
     choice = mate.backend_for("musa", dtype)
     assert choice.name == "pytorch"
     return choice.refusals["native"]
