@@ -132,10 +132,13 @@ def _selftest(options: argparse.Namespace) -> int:
     progress = report.progress_bar if sys.stderr.isatty() else None
     results = selftest.run(options.device, progress)
     ok = all(x.ok for x in results)
+    names = selftest.device_names(options.device or devices())
     if options.json:
-        about = {name: value for name, value in check().items() if name != "ok"}
+        about = check() | {"devices": names}
         print(json.dumps(about | {"results": [x.as_dict() for x in results], "ok": ok}, indent=2))
     else:
+        versions = f"mate {mate.__version__}, torch {torch.__version__}"
+        print(", ".join([versions, *(f"{x}: {name}" for x, name in names.items())]) + "\n")
         print(report.table(results))
     return 0 if ok else 1
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mate.backends import backend_for
+from mate.backends.devices import DEVICES, runtime
 from mate.selftest import cases, probe
 
 
@@ -42,12 +43,13 @@ class Result:
 
 def devices() -> list[str]:
     """The types of device of this machine that PyTorch can use."""
-    found = ["cpu"]
-    for name in ("cuda", "musa"):
-        module = getattr(torch, name, None)
-        if module is not None and module.is_available():
-            found.append(name)
-    return found
+    present = (x for x in DEVICES if runtime(x) is not None and runtime(x).is_available())
+    return ["cpu", *present]
+
+
+def device_names(types: list[str]) -> dict[str, str]:
+    """What the current GPU of each type calls itself; for the CPU see ``mate check``."""
+    return {x: runtime(x).get_device_name() for x in types if x != "cpu"}
 
 
 def _tasks(device: str) -> Iterator[tuple[str, str, Callable[[], list[Result]]]]:

@@ -48,6 +48,9 @@ class Runtime:
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
         return self.capability
 
+    def get_device_name(self, device: Any = None) -> str:
+        return "stand-in"
+
     def synchronize(self, device: Any = None) -> None:
         self.asked.append("synchronize")
 

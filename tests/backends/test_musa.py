@@ -175,7 +175,9 @@ def test_on_a_stand_in(name: str, library: Path) -> None:
     if name == "check":
         assert '"device": "musa"' in done.stdout
     if name == "selftest":
-        results = json.loads(done.stdout)["results"]
+        found = json.loads(done.stdout)
+        assert found["devices"] == {"musa": "stand-in"}
+        results = found["results"]
         assert all(x["ok"] and x["device"] == "musa" for x in results)
         assert len([x for x in results if x["operator"] == "kernels"]) == 8
         assert {x["backend"] for x in results if "bf16" in x["case"]} == {"native", "-"}
