@@ -5,9 +5,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH  ?= torch==2.13.0
 
-SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc mate -type f -not -name '*.so' -not -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find cmake csrc mate -type f -not -name '*.so' -not -name '*.pyc')
 
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.mu')
 
 .PHONY: demo test fuzz test-sanitize bench lint format develop clean
 

@@ -1,4 +1,8 @@
-"""``python -m mate check``: versions, which backend serves which call, and why not another."""
+"""What ``python -m mate`` can say of this machine.
+
+check     versions, which backend serves which call, and why not another
+selftest  what every operator computes here, against float64
+"""
 
 import argparse
 import importlib.metadata
@@ -11,7 +15,10 @@ from typing import Any
 import torch
 
 import mate
+from mate import selftest
 from mate.backends import Choice, NoBackendError, gpu, native
+from mate.backends.devices import DEVICES
+from mate.selftest import devices, report
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
@@ -39,17 +46,6 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _devices() -> list[str]:
-    """The devices of this machine that PyTorch can use."""
-    found = ["cpu"]
-    if torch.cuda.is_available():
-        found.append("cuda")
-    musa = getattr(torch, "musa", None)
-    if musa is not None and musa.is_available():
-        found.append("musa")
-    return found
-
-
 def _problem(device: str) -> str | None:
     """Why there are no kernels for GPUs of this type; None where the library loads."""
     library = gpu.library(device)
@@ -60,7 +56,7 @@ def check() -> dict[str, Any]:
     """Everything ``mate check`` says, as plain data; ``ok`` is false where a call would be slow."""
     library = native.library()
     calls = []
-    for device in _devices():
+    for device in devices():
         for dtype in _DTYPES:
             try:
                 choice = mate.backend_for(device, dtype)
@@ -88,54 +84,90 @@ def check() -> dict[str, Any]:
                 "isa": native.isa(),
                 "problem": library if isinstance(library, str) else None,
             },
-            **{device: {"problem": _problem(device)} for device in gpu.DEVICES},
+            **{device: {"problem": _problem(device)} for device in DEVICES},
         },
         "calls": calls,
         "ok": all(call["forward"] == "native" for call in calls),
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(found: dict[str, Any]) -> None:
     versions = ("mate", "python", "torch", "transformers", "torch_musa")
-    print("  ".join(f"{name} {report[name] or '-'}" for name in versions))
-    print(f"mate is in {report['folder']}")
-    cpu = report["cpu"]
+    print("  ".join(f"{name} {found[name] or '-'}" for name in versions))
+    print(f"mate is in {found['folder']}")
+    cpu = found["cpu"]
     print(f"cpu: {cpu['model']}, {cpu['threads']} threads, {' '.join(cpu['features'])}")
-    kernels = report["native"]["cpu"]
+    kernels = found["native"]["cpu"]
     print(f"cpu kernels: {kernels['isa'] or 'none'}")
-    for device in gpu.DEVICES:
-        problem = report["native"][device]["problem"]
+    for device in DEVICES:
+        problem = found["native"][device]["problem"]
         print(f"{device} kernels: {'none, ' + problem if problem else 'built'}")
     print(f"\n{'device':8}{'dtype':10}{'forward':10}backward")
-    for call in report["calls"]:
+    for call in found["calls"]:
         print(f"{call['device']:8}{call['dtype']:10}{call['forward']:10}{call['backward']}")
     reasons = {
         f"{call['device']}: not {name}, because {reason}"
-        for call in report["calls"]
+        for call in found["calls"]
         for name, reason in call["refusals"].items()
     }
     for reason in sorted(reasons):
         print(reason)
-    print("\nok" if report["ok"] else "\nsome calls are not served by a fast backend, see above")
+    print("\nok" if found["ok"] else "\nsome calls are not served by a fast backend, see above")
+
+
+def _check(options: argparse.Namespace) -> int:
+    found = check()
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return 0 if found["ok"] else 1
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    absent = set(options.device or []) - set(devices())
+    if absent:
+        print(f"PyTorch finds no {', '.join(sorted(absent))} here", file=sys.stderr)
+        return 1
+    progress = report.progress_bar if sys.stderr.isatty() else None
+    results = selftest.run(options.device, progress)
+    ok = all(x.ok for x in results)
+    names = selftest.device_names(options.device or devices())
+    if options.json:
+        about = check() | {"devices": names}
+        print(json.dumps(about | {"results": [x.as_dict() for x in results], "ok": ok}, indent=2))
+    else:
+        versions = f"mate {mate.__version__}, torch {torch.__version__}"
+        print(", ".join([versions, *(f"{x}: {name}" for x, name in names.items())]) + "\n")
+        print(report.table(results))
+    return 0 if ok else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     description = "Exit code 1 when a call would be served by a slow backend, or by none."
     command = commands.add_parser("check", help="what serves which call", description=description)
     command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(run=_check)
+    description = "Exit code 1 when a result is wrong."
+    command = commands.add_parser(
+        "selftest", help="every operator against float64", description=description
+    )
+    command.add_argument("--json", action="store_true", help="print it as JSON, with the versions")
+    names = ("cpu", *DEVICES)
+    command.add_argument("--device", nargs="+", choices=names, help="only these types of device")
+    command.set_defaults(run=_selftest)
     options = parser.parse_args(arguments)
     try:
-        report = check()
+        return int(options.run(options))
     except ValueError as error:  # of MATE_DISABLE
         print(error, file=sys.stderr)
         return 1
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(report)
-    return 0 if report["ok"] else 1
 
 
 if __name__ == "__main__":

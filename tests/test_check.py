@@ -21,12 +21,12 @@ def test_says_what_serves(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["mate"] == mate.__version__ and report["torch"] == torch.__version__
     assert report["native"]["cpu"] == {"isa": native.isa(), "problem": None}
-    assert set(report["native"]) == {"cpu", "cuda"}
+    assert set(report["native"]) == {"cpu", "cuda", "musa"}
     served = {call["dtype"]: call["forward"] for call in report["calls"] if call["device"] == "cpu"}
     assert served == {"float16": "native", "bfloat16": "native", "float32": "native"}
     assert main(["check"]) == 0
     text = capsys.readouterr().out
-    assert "cuda kernels: " in text
+    assert "cuda kernels: " in text and "musa kernels: " in text
     assert native.isa() in text and text.rstrip().endswith("ok")
 
 

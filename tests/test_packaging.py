@@ -85,7 +85,7 @@ print(warning.message)
 
 @pytest.mark.parametrize(
     ("machines", "said"),
-    [("cpu,cuda", "no working nvcc was found"), ("cpu,tpu", "`tpu` is not one of cpu, cuda")],
+    [("cpu,cuda", "no working nvcc was found"), ("cpu,tpu", "`tpu` is not one of cpu, cuda, musa")],
 )
 def test_what_mate_build_names_must_build(tmp_path, machines, said):
     environment = os.environ | {"MATE_BUILD": machines, "CUDACXX": "/no/nvcc"}

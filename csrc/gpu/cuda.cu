@@ -1,2 +1,3 @@
 // The kernels for NVIDIA GPUs.
 #include "forward.h"
+#include "probe.h"

@@ -3,3 +3,5 @@
 
 // Barriers of the source are numbered from 0.
 MATE_EXPORT int mate_gpu_host_barriers(void) { return __COUNTER__; }
+
+#include "probe.h"

@@ -12,8 +12,6 @@
 // What is not finite and lies before a dead map is forgotten with the rest.
 #pragma once
 
-#include <string.h>
-
 #include "scan.h"
 
 namespace mate {
@@ -29,16 +27,11 @@ MATE_DEVICE uint16_t* map_at(const Params& p, int64_t slot, int64_t head, int ke
          ((key_tile * kKeyTiles + row_tile) * 2 + term) * kTileSize + lane_index() * 8;
 }
 MATE_DEVICE FragB load_operand(const uint16_t* from) {
-  FragB b;
   const Eight x = *reinterpret_cast<const Eight*>(from);
-  static_assert(sizeof(b) == sizeof(x), "right operands are kept as they are");
-  memcpy(&b, &x, sizeof(x));
-  return b;
+  return {{x.x[0], x.x[1], x.x[2], x.x[3]}};
 }
 MATE_DEVICE void store_operand(uint16_t* to, const FragB& b) {
-  Eight x;
-  memcpy(&x, &b, sizeof(x));
-  *reinterpret_cast<Eight*>(to) = x;
+  *reinterpret_cast<Eight*>(to) = {{b.x[0], b.x[1], b.x[2], b.x[3]}};
 }
 
 // ---- map_segments -------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mate.backends import gpu, native, pytorch
 from mate.backends.call import KdaCall
+from mate.backends.devices import DEVICES
 from mate.backends.switches import NAMES, disabled
 
 
 def _backend(name: str, device: torch.device) -> ModuleType:
     if name == "pytorch":
         return pytorch
-    return gpu if device.type in gpu.DEVICES else native
+    return gpu if device.type in DEVICES else native
 
 
 class Choice(NamedTuple):

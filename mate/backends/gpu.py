@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from mate.backends.call import KdaCall
+from mate.backends.devices import runtime, stream_of, unfit
 from mate.backends.native import ABI_VERSION, STATUS, pack
-
-DEVICES = ("cuda",)
 
 
 def library_path(device_type: str) -> Path:
-    """Where a device's library lies; ``MATE_CUDA_LIBRARY`` names another build of it."""
+    """Where a device's library lies; ``MATE_CUDA_LIBRARY``, ``MATE_MUSA_LIBRARY`` name another."""
     named = os.environ.get(f"MATE_{device_type.upper()}_LIBRARY")
     return Path(named) if named else Path(__file__).parents[1] / "lib" / f"libmate_{device_type}.so"
 
@@ -54,17 +53,6 @@ def library(device_type: str) -> ctypes.CDLL | str:
     return load(path)
 
 
-@functools.cache
-def _unfit(index: int | None) -> str | None:
-    """Why the kernels do not run on a CUDA device; asked once."""
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device here"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"the cuda kernels need compute capability 8.0, not {major}.{minor}"
-    return None
-
-
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve a call; None when it can."""
     if torch.version.hip:
@@ -74,7 +62,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     lib = library(device.type)
     if isinstance(lib, str):
         return lib
-    return _unfit(device.index)
+    return unfit(device.type, device.index)
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -86,15 +74,15 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
-    here = device.index == torch.cuda.current_device()
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
+    torch_device = runtime(device.type)
+    here = device.index == torch_device.current_device()
+    with contextlib.nullcontext() if here else torch_device.device(device):
         packed, keep = pack(call, output, final_state)
         size = max(0, lib.mate_gpu_kda_workspace(packed))
         # PyTorch gives memory back to work queued on the same stream only, so that both may be
         # freed before the kernels have run.
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream)
+        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream_of(device))
     del keep
     if status == 3:
         raise RuntimeError(f"a KDA kernel was not launched: {lib.mate_gpu_last_error().decode()}")

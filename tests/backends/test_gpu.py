@@ -10,6 +10,7 @@ from kda_cases import Case, draw, rel_rms
 from torch import Tensor
 
 import mate
+from mate.__main__ import main
 from mate.backends import gpu
 
 cuda = torch.device("cuda")
@@ -118,6 +119,15 @@ def test_bad_numbers_stay_in_their_sequence_and_head(native: None) -> None:
     assert torch.equal(output[0, keep.to(cuda)], clean[0][0, keep.to(cuda)])
     assert torch.equal(final[[0, 2]], clean[1][[0, 2]])
     assert output[0, 7:75, 1].isnan().all()
+
+
+@needs_gpu
+def test_the_self_test_finds_nothing_wrong(native: None, capsys) -> None:
+    """It begins with where products put their numbers."""
+    wrong = main(["selftest", "--device", "cuda"])
+    said = capsys.readouterr().out
+    assert not wrong, said
+    assert "A B^T, B by columns" in said
 
 
 # ---- without one --------------------------------------------------------------------------------

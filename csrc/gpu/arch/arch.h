@@ -34,7 +34,9 @@
 // kScratch elements of shared memory a warp.
 #pragma once
 
-#if defined(__CUDACC__)
+#if defined(__MUSACC__) || defined(MATE_MUSA)
+#include "musa.h"
+#elif defined(__CUDACC__)
 #include "cuda.h"
 #else
 #include "host.h"

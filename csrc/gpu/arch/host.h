@@ -3,8 +3,9 @@
 // The threads of a block are fibres that give way only where they wait for one another, in an order
 // drawn from a seed: whole warps racing ahead, or single threads. Shared memory starts as NaN, and
 // asynchronous copies leave NaN behind until they are waited for. A barrier that some threads do
-// not reach ends the launch with an error. Fragments are laid out unlike CUDA's, so that kernels
-// cannot come to rely on either.
+// not reach ends the launch with an error. Fragments are MP31's, by the code that musa.h runs, or
+// CUDA's (MATE_GPU_HOST_MMA_SYNC), by the code that cuda.h runs: only the instructions are
+// emulated.
 #pragma once
 
 #include <math.h>
@@ -256,85 +257,34 @@ namespace gpu {
 
 #else
 
-struct FragA {
-  uint16_t x[8];  // row lane / 2, columns lane % 2 * 8 + 0..7
-};
-struct FragB {
-  uint16_t x[8];  // column lane / 2, rows lane % 2 * 8 + 0..7
-};
-struct FragC {
-  float x[8];
-};
-constexpr int kScratch = 256;
-constexpr bool kNeighbours = false;
+// The instruction of MP31.
+inline void wmma_16x16x16(float (&c)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]);
 
-inline int row_of(int v) { return lane_index() / 8 + v / 2 * 4; }
-inline int column_of(int v) { return lane_index() % 8 + v % 2 * 8; }
+}  // namespace gpu
+}  // namespace mate
 
-// A[m][k] = tile[row + m][column + k]
-template <class Tile>
-inline FragA load_a(const Tile& tile, int row, int column) {
-  FragA a;
-  memcpy(a.x, tile.at(row + lane_index() / 2, column + lane_index() % 2 * 8), sizeof(a.x));
-  return a;
-}
-// B[k][n] = tile[row + n][column + k]
-template <class Tile>
-inline FragB load_b_columns(const Tile& tile, int row, int column) {
-  FragB b;
-  memcpy(b.x, tile.at(row + lane_index() / 2, column + lane_index() % 2 * 8), sizeof(b.x));
-  return b;
-}
-// B[k][n] = tile[row + k][column + n]
-template <class Tile>
-inline FragB load_b_rows(const Tile& tile, int row, int column) {
-  FragB b;
-  for (int i = 0; i < 8; ++i) {
-    b.x[i] = *tile.at(row + lane_index() % 2 * 8 + i, column + lane_index() / 2);
-  }
-  return b;
-}
+#include "wmma.h"
 
-// C[m][n] = tile[row + n][column + m]; elements 2 i and 2 i + 1 in both[i]
-template <class Tile>
-inline void load_c_columns(uint32_t (&both)[4], const Tile& tile, int row, int column) {
-  for (int i = 0; i < 4; ++i) {
-    const auto element = [&](int v) { return *tile.at(row + column_of(v), column + row_of(v)); };
-    both[i] = element(2 * i) | static_cast<uint32_t>(element(2 * i + 1)) << 16;
-  }
-}
-// The reverse.
-template <class Tile>
-inline void store_c_columns(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
-  for (int v = 0; v < 8; ++v) {
-    *tile.at(row + column_of(v), column + row_of(v)) =
-        static_cast<uint16_t>(both[v / 2] >> v % 2 * 16);
-  }
-}
+namespace mate {
+namespace gpu {
 
-// C[m][n] = tile[row + m][column + n]
-template <class Tile>
-inline void store_c_rows(const uint32_t (&both)[4], const Tile& tile, int row, int column) {
-  for (int v = 0; v < 8; ++v) {
-    *tile.at(row + row_of(v), column + column_of(v)) =
-        static_cast<uint16_t>(both[v / 2] >> v % 2 * 16);
-  }
-}
-
-inline void multiply(FragC& c, const FragA& a, const FragB& b) {
+inline void wmma_16x16x16(float (&c)[8], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   struct Lane {
-    FragC* c;
-    const FragA* a;
-    const FragB* b;
-  } mine = {&c, &a, &b};
+    float* c;
+    const uint32_t *a, *b;
+  } mine = {c, a, b};
   host::collective(
       [](void* const* lanes) {
         float rows[16][16], columns[16][16], sums[16][16] = {};  // columns: [k][n]
+        const auto number = [](const uint32_t* x, int v) {
+          return from_bits(v % 2 ? x[v / 2] & 0xffff0000u : x[v / 2] << 16);
+        };
         for (int i = 0; i < 32; ++i) {
           const Lane* lane = static_cast<const Lane*>(lanes[i]);
-          for (int e = 0; e < 8; ++e) {
-            rows[i / 2][i % 2 * 8 + e] = from_bits(static_cast<uint32_t>(lane->a->x[e]) << 16);
-            columns[i % 2 * 8 + e][i / 2] = from_bits(static_cast<uint32_t>(lane->b->x[e]) << 16);
+          for (int v = 0; v < 8; ++v) {
+            const int row = mp31::operand_row(i, v), k = mp31::operand_k(i, v);
+            rows[row][k] = number(lane->a, v);
+            columns[k][row] = number(lane->b, v);
           }
         }
         for (int m = 0; m < 16; ++m) {
@@ -343,20 +293,11 @@ inline void multiply(FragC& c, const FragA& a, const FragB& b) {
           }
         }
         for (int i = 0; i < 32; ++i) {
-          float* out = static_cast<Lane*>(lanes[i])->c->x;
-          for (int v = 0; v < 8; ++v) out[v] += sums[i / 8 + v / 2 * 4][i % 8 + v % 2 * 8];
+          float* out = static_cast<Lane*>(lanes[i])->c;
+          for (int v = 0; v < 8; ++v) out[v] += sums[mp31::c_row(i, v)][mp31::c_column(i, v)];
         }
       },
       &mine);
-}
-
-inline FragA to_operand(const FragC& c, uint16_t* scratch) {
-  FragA a;
-  for (int v = 0; v < 8; ++v) scratch[row_of(v) * 16 + column_of(v)] = to_bf16(c.x[v]);
-  host::warp_barrier(host::kNoSite);
-  memcpy(a.x, scratch + lane_index() * 8, sizeof(a.x));
-  host::warp_barrier(host::kNoSite);
-  return a;
 }
 
 #endif

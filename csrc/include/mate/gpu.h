@@ -17,11 +17,16 @@ enum mate_gpu_status {
 // tokens there are; -1: these arguments are not served. Reads no device memory.
 int64_t mate_gpu_kda_workspace(const mate_kda_args* args);
 
-// Queues the forward pass on `stream` (a cudaStream_t) of the current device and returns a
-// mate_status or mate_gpu_status. Allocates nothing, waits for nothing, reads no device memory on
-// the host: a CUDA graph can capture it. `workspace` starts at a multiple of 256 bytes and may be
-// used again once the stream has passed.
+// Queues the forward pass on `stream` (a cudaStream_t or musaStream_t) of the current device and
+// returns a mate_status or mate_gpu_status. Allocates nothing, waits for nothing, reads no device
+// memory on the host: a graph can capture it. `workspace` starts at a multiple of 256 bytes and may
+// be used again once the stream has passed.
 int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream);
+
+// Queues a kernel of one warp that tries what the others rest on: loads and products of 16 x 16
+// bf16 `matrices` (two, one behind the other, at a multiple of 16 bytes), shuffles and functions.
+// Device pointers; csrc/gpu/probe.h says what `results`, 8 x 256 floats, hold.
+int32_t mate_gpu_probe(const void* matrices, float* results, void* stream);
 
 // What the driver said about the last launch of this thread that failed; "" if none did.
 const char* mate_gpu_last_error(void);
