@@ -67,6 +67,24 @@ def test_segments_in_slabs(native: None) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("lens", [[6000], [2500, 0, 3300, 200]], ids=["one", "four"])
+@pytest.mark.parametrize("heads", [32, 48])
+def test_a_slab_is_prepared_while_another_is_scanned(
+    heads: int, lens: list[int], native: None
+) -> None:
+    """In the place of what has been read. Call after call, between calls of other lengths."""
+    draw_one = functools.partial(draw, Hqk=1, Hv=heads, regime="remembering", dtype=bf16)
+    case, other = draw_one(lens=lens), on_gpu(draw_one(lens=lens[::-1], seed=1))
+    t = on_gpu(case)
+    first = mate.chunk_kda(**t, output_final_state=True)
+    for _ in range(10):
+        mate.chunk_kda(**other)
+        again = mate.chunk_kda(**t, output_final_state=True)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    check(first, case.reference())
+
+
+@needs_gpu
 def test_a_graph_replays_other_lengths(native: None) -> None:
     """Where sequences are cut is found on the device."""
     draw_one = functools.partial(draw, Hqk=1, Hv=2, gate="softplus", dtype=bf16)
