@@ -3,6 +3,7 @@
 
 #include "plan.h"
 #include "prepare.h"
+#include "recurrent.h"
 #include "segments.h"
 
 #define MATE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -68,7 +69,7 @@ inline bool serves(const mate_kda_args& args) {
          (args.gate == MATE_GATE_LOG_DECAY || (args.A_log && args.dt_bias)) && args.num_seqs >= 0 &&
          args.seq_len >= 0 && args.total_tokens >= 0 && args.heads_qk > 0 && args.heads_v >= 0 &&
          args.heads_v % args.heads_qk == 0 && args.algorithm >= MATE_AUTO &&
-         args.algorithm <= MATE_RECURRENT;
+         args.algorithm <= MATE_CHUNK && !args.state_indices && !args.token_states.data;
 }
 
 // How the chunks are cut, and where everything lies in the workspace.
@@ -215,11 +216,13 @@ inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream)
 MATE_EXPORT int32_t mate_abi_version(void) { return MATE_ABI_VERSION; }
 
 MATE_EXPORT int64_t mate_gpu_kda_workspace(const mate_kda_args* args) {
+  if (args->algorithm == MATE_RECURRENT) return mate::gpu::serves_recurrent(*args) ? 0 : -1;
   return mate::gpu::serves(*args) ? mate::gpu::Layout(*args).bytes : -1;
 }
 
 MATE_EXPORT int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream) {
   using namespace mate::gpu;
+  if (args->algorithm == MATE_RECURRENT) return run_recurrent(*args, stream);
   if (!serves(*args)) return MATE_UNSUPPORTED;
   if (args->num_seqs == 0 || args->heads_v == 0) return MATE_OK;
   const Layout layout(*args);

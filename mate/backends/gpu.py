@@ -89,13 +89,14 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     here = device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
         packed, keep = pack(call, output, final_state)
-        size = max(0, lib.mate_gpu_kda_workspace(packed))
-        # PyTorch gives memory back to work queued on the same stream only, so that both may be
-        # freed before the kernels have run.
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        size = 0 if call.recurrent else max(0, lib.mate_gpu_kda_workspace(packed))
+        # PyTorch gives memory back to work queued on the same stream only, so that all of it may
+        # be freed before the kernels have run.
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        at = None if workspace is None else workspace.data_ptr()
         stream = torch.cuda.current_stream(device).cuda_stream
-        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream)
-    del keep
+        status = lib.mate_gpu_kda_forward(packed, at, stream)
+    del keep, workspace
     if status == 3:
         raise RuntimeError(f"a KDA kernel was not launched: {lib.mate_gpu_last_error().decode()}")
     if status != 0:
