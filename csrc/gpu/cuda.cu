@@ -1,2 +1,3 @@
 // The kernels for NVIDIA GPUs.
+#include "decode.h"
 #include "forward.h"

@@ -6,8 +6,6 @@
 #include "recurrent.h"
 #include "segments.h"
 
-#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace mate {
 namespace gpu {
 

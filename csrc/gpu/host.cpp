@@ -1,4 +1,5 @@
 // The kernels on an emulated GPU, for tests.
+#include "decode.h"
 #include "forward.h"
 
 // Barriers of the source are numbered from 0.

@@ -10,6 +10,8 @@
 #include "arch/arch.h"
 #include "mate/gpu.h"
 
+#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace mate {
 namespace gpu {
 

@@ -16,8 +16,8 @@ constexpr int kRecurrentWarps = 4;  // at most; of a block
 
 struct RecurrentParams {
   mate_kda_args args;
-  uint32_t slices, group;  // blocks to a head; value heads to a query head
-  int tokens;              // that shared memory holds: those of one turn, or of two
+  int slice_bits;                                   // log2 of the blocks to a head
+  uint32_t group;                                   // value heads to a query head
   bool q_aligned, k_aligned, v_aligned, g_aligned;  // every row starts at a multiple of 16 bytes
   bool initial_aligned, final_aligned, token_states_aligned;
 };
@@ -133,8 +133,7 @@ MATE_DEVICE int64_t token_bound(const mate_kda_args& args, int64_t i) {
 
 MATE_DEVICE StatePlace place_of_state(const mate_tensor& x, int64_t index, int64_t head,
                                       bool aligned) {
-  if (!x.data || index < 0) return {nullptr, 0, aligned};
-  return {row_at(x, index, head, 0), x.stride[2], aligned};
+  return {row_at(x, larger(index, 0), head, 0), x.stride[2], x.data && index >= 0, aligned};
 }
 
 template <int32_t kDtype, int kRows, bool kValueFirst>
@@ -144,16 +143,16 @@ recurrent(const RecurrentParams p) {
   const mate_kda_args& a = p.args;
   PreparedToken* prepared = reinterpret_cast<PreparedToken*>(shared_memory());
   const uint32_t block = static_cast<uint32_t>(block_index()), heads = a.heads_v;
-  const uint32_t slice = block % p.slices, head = block / p.slices % heads;
-  const int64_t n = block / p.slices / heads;
-  const int warp = thread_index() / 32, warps = kDim / (4 * kRows * p.slices);
+  const uint32_t slice = block & ((1u << p.slice_bits) - 1), n = (block >> p.slice_bits) / heads;
+  const uint32_t head = (block >> p.slice_bits) - n * heads;
+  const int warp = thread_index() / 32, warps = kDim / (4 * kRows) >> p.slice_bits;
   const int row = (slice * warps + warp) * 4 * kRows;  // the warp's first
 
   const int64_t index = state_index(a.state_indices, a.state_indices_is_64bit, a.num_states, n);
   const StatePlace initial = place_of_state(a.initial_state, index, head, p.initial_aligned);
   const auto raw = Rows::load(initial, row);  // before anything is waited for
 
-  RecurrentItem item = {n, head, head / p.group, 0, a.seq_len};
+  RecurrentItem item = {n, head, p.group == 1 ? head : head / p.group, 0, a.seq_len};
   if (a.cu_seqlens) {
     item.batch = 0;
     item.begin = token_bound(a, n);
@@ -189,7 +188,7 @@ recurrent(const RecurrentParams p) {
       }
       if (a.token_states.data) {
         char* to = row_at(a.token_states, item.batch, first + i, head);
-        state.store({to, kDim, p.token_states_aligned}, row);
+        state.store({to, kDim, true, p.token_states_aligned}, row);
       }
     }
     if (after >= item.end) break;
@@ -243,11 +242,12 @@ template <int32_t kDtype, int kRows, bool kValueFirst>
 bool launch_recurrent(RecurrentParams& p, int warps, void* stream) {
   const mate_kda_args& args = p.args;
   const int64_t longest = args.cu_seqlens ? args.total_tokens : args.seq_len;
-  p.slices = kDim / (4 * kRows * warps);
-  p.tokens = longest > warps ? 2 * warps : warps;
+  const int slices = kDim / (4 * kRows * warps);
+  for (p.slice_bits = 0; 1 << p.slice_bits < slices;) ++p.slice_bits;
+  const int tokens = longest > warps ? 2 * warps : warps;
   const int64_t heads = args.num_seqs * args.heads_v;
-  return launch(recurrent<kDtype, kRows, kValueFirst>, heads * p.slices, warps * 32,
-                p.tokens * static_cast<int>(sizeof(PreparedToken)), stream, p);
+  return launch(recurrent<kDtype, kRows, kValueFirst>, heads * slices, warps * 32,
+                tokens * static_cast<int>(sizeof(PreparedToken)), stream, p);
 }
 
 template <int32_t kDtype>

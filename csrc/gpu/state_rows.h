@@ -16,8 +16,9 @@ constexpr int kRowLanes = 8, kRowChannels = kDim / kRowLanes;
 
 // A caller's state of one sequence and head, rows of value channels or, [K, V], of key channels.
 struct StatePlace {
-  char* data;  // null: there is none
+  char* data;
   int64_t stride;
+  bool present;  // a null pointer instead would make the compiler doubt what memory this is
   bool aligned;  // every row starts at a multiple of 16 bytes
 };
 
@@ -84,7 +85,7 @@ struct StateRows {
 
   MATE_DEVICE static Raw load(const StatePlace& place, int row) {
     Raw raw = {};
-    if (!place.data) return raw;
+    if (!place.present) return raw;
     if (place.aligned) {
       each_piece(place, row, [&](int piece, const char* at) {
         uint32_t* to = raw.words + piece * kPieceWords;
@@ -128,7 +129,7 @@ struct StateRows {
   }
 
   MATE_DEVICE void store(const StatePlace& place, int row) {
-    if (!place.data) return;
+    if (!place.present) return;
     const auto word = [&](int i) {
       if (kSize == 4) return to_bits(element(s, i));
       return pack<kDtype>(element(s, 2 * i % kElements), element(s, (2 * i + 1) % kElements));

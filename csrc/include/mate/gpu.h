@@ -1,9 +1,14 @@
-// The C interface of the GPU kernels. Everything of kda.h holds, with device pointers; fp16 and
-// bf16 inputs. The values of cu_seqlens stay on the device: sequences are clamped to [0,
-// total_tokens] there.
+// The C interface of the GPU kernels. Everything of kda.h and layer.h holds, with device pointers;
+// fp16 and bf16 inputs, and fp32 where the comments say so. The values of cu_seqlens and of
+// state_indices stay on the device: sequences are clamped to [0, total_tokens] there.
+//
+// What queues work does so on `stream` (a cudaStream_t) of the current device and returns a
+// mate_status or mate_gpu_status. It allocates nothing, waits for nothing, reads no device memory
+// on the host: a CUDA graph can capture it.
 #pragma once
 
 #include "kda.h"
+#include "layer.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,11 +22,16 @@ enum mate_gpu_status {
 // tokens there are; -1: these arguments are not served. Reads no device memory.
 int64_t mate_gpu_kda_workspace(const mate_kda_args* args);
 
-// Queues the forward pass on `stream` (a cudaStream_t) of the current device and returns a
-// mate_status or mate_gpu_status. Allocates nothing, waits for nothing, reads no device memory on
-// the host: a CUDA graph can capture it. `workspace` starts at a multiple of 256 bytes and may be
-// used again once the stream has passed.
+// Queues the forward pass. `workspace` starts at a multiple of 256 bytes and may be used again once
+// the stream has passed.
+//
+// MATE_RECURRENT needs no workspace, takes fp32 inputs too, and all states of one dtype.
+// state_indices and token_states are its alone.
 int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream);
+
+// Queues a decode step: fp32 inputs too. Two value heads that share a q and k head cost a second,
+// small kernel.
+int32_t mate_gpu_decode_step(const mate_decode_args* args, void* stream);
 
 // What the driver said about the last launch of this thread that failed; "" if none did.
 const char* mate_gpu_last_error(void);
