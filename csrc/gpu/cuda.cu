@@ -1,3 +1,5 @@
 // The kernels for NVIDIA GPUs.
 #include "decode.h"
 #include "forward.h"
+#include "gated_norm.h"
+#include "short_conv.h"

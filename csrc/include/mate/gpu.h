@@ -33,6 +33,11 @@ int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* s
 // small kernel.
 int32_t mate_gpu_decode_step(const mate_decode_args* args, void* stream);
 
+// Queue what mate_short_conv and mate_gated_norm compute. Of the convolution x and y have one
+// dtype; tokens that belong to no sequence get zeros.
+int32_t mate_gpu_short_conv(const mate_short_conv_args* args, void* stream);
+int32_t mate_gpu_gated_norm(const mate_gated_norm_args* args, void* stream);
+
 // What the driver said about the last launch of this thread that failed; "" if none did.
 const char* mate_gpu_last_error(void);
 
