@@ -21,7 +21,6 @@ _GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi0q")
 _DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "3Pq3q3f5i0q")
 
 
-@torch.compiler.assume_constant_result
 def has_kernels(device_type: str) -> bool:
     """Whether there is a library for a type of device, and it is not switched off."""
     if disabled("native"):
@@ -29,6 +28,10 @@ def has_kernels(device_type: str) -> bool:
     if device_type == "cpu":
         return not isinstance(native.library(), str)
     return device_type in gpu.DEVICES and gpu.unusable(torch.device(device_type)) is None
+
+
+# What torch.compiler.assume_constant_result sets; it would import the compiler, for a second.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(first: Tensor, *tensors: Tensor | None) -> bool:
@@ -41,9 +44,11 @@ def serves(first: Tensor, *tensors: Tensor | None) -> bool:
             return False
         if not on_cpu and x.device != first.device:
             return False
+    if disabled("native"):
+        return False
     if on_cpu:
-        return not disabled("native") and not isinstance(native.library(), str)
-    return has_kernels(first.device.type) and gpu.unusable(first.device) is None
+        return not isinstance(native.library(), str)
+    return first.device.type in gpu.DEVICES and gpu.unusable(first.device) is None
 
 
 def _run(name: str, arguments: bytes, device: torch.device) -> None:

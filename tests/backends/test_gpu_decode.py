@@ -510,6 +510,16 @@ def test_every_order_of_threads_gives_the_same(emulated: Emulated) -> None:
     emulated.lib.mate_gpu_host_seed(1)
 
 
+def test_the_compiler_sees_a_constant() -> None:
+    """Whether there are kernels is asked while it traces, and its graph stays whole."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 3 if native_layer.has_kernels("no such device") else x * 2
+
+    compiled = torch.compile(double, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(1)).item() == 2
+
+
 # ---- on a real GPU, through the public functions ------------------------------------------------
 
 cuda = functools.partial(torch.device, "cuda")
