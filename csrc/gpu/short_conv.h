@@ -10,14 +10,14 @@ namespace mate {
 namespace gpu {
 
 constexpr int kConvThreads = 128;
-constexpr int kConvStep = 4;  // tokens asked for at a time
+constexpr int kConvStep = 4;  // tokens asked for at a time, with the usual width
 
 struct ConvParams {
   mate_short_conv_args args;
   int64_t run, runs;  // tokens of a thread; runs of a row of the batch
   uint32_t groups;    // blocks side by side over the channels
   int64_t conv_blocks;
-  bool x_aligned, y_aligned, weight_aligned;  // pieces are whole, and at multiples of 16 bytes
+  bool x_aligned, y_aligned;  // pieces are whole, and at multiples of 16 bytes
 };
 
 MATE_DEVICE int64_t conv_bound(const mate_short_conv_args& a, int64_t i) {
@@ -25,6 +25,8 @@ MATE_DEVICE int64_t conv_bound(const mate_short_conv_args& a, int64_t i) {
                                           : static_cast<const int32_t*>(a.cu_seqlens)[i];
   return x < 0 ? 0 : x < a.total_tokens ? x : a.total_tokens;
 }
+
+constexpr int kUsualWidth = 4;
 
 // Channels of a thread. kTaps is the width, or the most that a width may be.
 template <int32_t kDtype, int kTaps>
@@ -37,13 +39,23 @@ struct ConvThread {
   MATE_DEVICE ConvThread(const ConvParams& p, int64_t batch, int64_t channel)
       : p(p), batch(batch), channel(channel) {}
 
-  MATE_DEVICE int width() const { return kTaps == MATE_MAX_CONV_WIDTH ? p.args.width : kTaps; }
-  MATE_DEVICE bool used(int tap) const { return tap >= kTaps - width(); }
-  MATE_DEVICE bool exists(int c) const { return channel + c < p.args.channels; }
+  static constexpr bool kUsual = kTaps == kUsualWidth;
 
-  MATE_DEVICE Eight load(int64_t token) const {
-    const char* from = row_at(p.args.x, batch, token, 0) + channel * kSize;
-    if (p.x_aligned) return *reinterpret_cast<const Eight*>(from);
+  MATE_DEVICE int width() const { return kUsual ? kTaps : p.args.width; }
+  MATE_DEVICE bool used(int tap) const { return tap >= kTaps - width(); }
+  MATE_DEVICE static bool weight_aligned() { return kUsual; }
+  MATE_DEVICE bool x_aligned() const { return kUsual || p.x_aligned; }
+  MATE_DEVICE bool y_aligned() const { return kUsual || p.y_aligned; }
+  MATE_DEVICE bool exists(int c) const { return kUsual || channel + c < p.args.channels; }
+
+  MATE_DEVICE const char* x_at(int64_t token) const {
+    return row_at(p.args.x, batch, token, 0) + channel * kSize;
+  }
+  MATE_DEVICE char* y_at(int64_t token) const {
+    return row_at(p.args.y, batch, token, 0) + channel * kSize;
+  }
+  MATE_DEVICE Eight load(const char* from) const {
+    if (x_aligned()) return *reinterpret_cast<const Eight*>(from);
     Eight raw = {};
     MATE_UNROLL
     for (int c = 0; c < kChannels; ++c) {
@@ -51,9 +63,8 @@ struct ConvThread {
     }
     return raw;
   }
-  MATE_DEVICE void store(int64_t token, const Eight& raw) const {
-    char* to = row_at(p.args.y, batch, token, 0) + channel * kSize;
-    if (p.y_aligned) {
+  MATE_DEVICE void store(char* to, const Eight& raw) const {
+    if (y_aligned()) {
       *reinterpret_cast<Eight*>(to) = raw;
       return;
     }
@@ -72,7 +83,7 @@ struct ConvThread {
     const mate_rows& weight = p.args.weight;
     const char* from =
         static_cast<const char*>(weight.data) + channel * width() * element_size(weight.dtype);
-    if (kTaps != MATE_MAX_CONV_WIDTH && p.weight_aligned) {
+    if (weight_aligned()) {
       const Eight* pieces = reinterpret_cast<const Eight*>(from);
       const auto tap = [&](int i) -> float& { return taps[i % kTaps][i / kTaps]; };
       if (weight.dtype == MATE_FLOAT32) {
@@ -113,7 +124,7 @@ struct ConvThread {
       const int64_t from = token - (kTaps - 1) + j;
       if (!used(j)) continue;
       if (from >= begin) {
-        const Eight raw = load(from);
+        const Eight raw = load(x_at(from));
         MATE_UNROLL
         for (int c = 0; c < kChannels; ++c) past[j][c] = number(raw, c);
       } else {
@@ -207,9 +218,10 @@ MATE_DEVICE void store_windows(const ConvParams& p, int64_t n, int64_t channel, 
 }
 
 template <int32_t kDtype, int kTaps>
-MATE_KERNEL(kConvThreads, kTaps == MATE_MAX_CONV_WIDTH ? 2 : 4)
+MATE_KERNEL(kConvThreads, kTaps == kUsualWidth ? 4 : 2)
 short_conv(const ConvParams p) {
   using Thread = ConvThread<kDtype, kTaps>;
+  constexpr int kStep = Thread::kUsual ? kConvStep : 1;
   const mate_short_conv_args& a = p.args;
   const int64_t block = block_index();
   const bool convolves = block < p.conv_blocks;
@@ -228,24 +240,32 @@ short_conv(const ConvParams p) {
   Thread thread(p, batch, channel);
   thread.load_taps();
   ConvPlace place(a, batch, from);
-  if (place.begin <= from) thread.load_past(from, place.sequence, place.begin);
   MATE_NO_UNROLL
-  for (int64_t first = from; first < to; first += kConvStep) {
-    Eight x[kConvStep];
-    MATE_UNROLL
-    for (int i = 0; i < kConvStep; ++i) {
-      x[i] = first + i < to ? thread.load(first + i) : Eight{};
-    }
-    MATE_UNROLL
-    for (int i = 0; i < kConvStep; ++i) {
-      const int64_t token = first + i;
-      if (token >= to) break;
-      if (token == place.next) {
-        place.find(a, token);
-        if (place.begin <= token) thread.load_past(token, place.sequence, place.begin);
+  for (int64_t token = from; token < to;) {  // a sequence at a time
+    const int64_t end = place.next < to ? place.next : to;
+    const char* x = thread.x_at(token);
+    char* y = thread.y_at(token);
+    const int64_t x_step = a.x.stride[1] * Thread::kSize, y_step = a.y.stride[1] * Thread::kSize;
+    int left = static_cast<int>(end - token);
+    if (place.begin > token) {
+      for (; left > 0; --left, y += y_step) thread.store(y, Eight{});
+    } else {
+      thread.load_past(token, place.sequence, place.begin);
+      MATE_NO_UNROLL
+      for (; left >= kStep; left -= kStep) {
+        Eight raw[kStep];
+        MATE_UNROLL
+        for (int i = 0; i < kStep; ++i, x += x_step) raw[i] = thread.load(x);
+        MATE_UNROLL
+        for (int i = 0; i < kStep; ++i, y += y_step) thread.store(y, thread.convolve(raw[i]));
       }
-      thread.store(token, place.begin <= token ? thread.convolve(x[i]) : Eight{});
+      MATE_NO_UNROLL
+      for (; left > 0; --left, x += x_step, y += y_step) {
+        thread.store(y, thread.convolve(thread.load(x)));
+      }
     }
+    token = end;
+    if (token < to) place.find(a, token);
   }
 }
 
@@ -267,7 +287,9 @@ inline bool pieces_aligned(const mate_short_conv_args& a, const mate_tensor& x) 
 
 template <int32_t kDtype>
 bool launch_short_conv(const ConvParams& p, int64_t blocks, void* stream) {
-  const auto kernel = p.args.width == 4 ? short_conv<kDtype, 4> : short_conv<kDtype, kMaxConvWidth>;
+  const bool usual = p.args.width == kUsualWidth && p.x_aligned && p.y_aligned &&
+                     reinterpret_cast<uintptr_t>(p.args.weight.data) % 16 == 0;
+  const auto kernel = usual ? short_conv<kDtype, kUsualWidth> : short_conv<kDtype, kMaxConvWidth>;
   return launch(kernel, blocks, kConvThreads, 0, stream, p);
 }
 
@@ -292,7 +314,6 @@ inline int32_t run_short_conv(const mate_short_conv_args& args, void* stream) {
   if (blocks == 0) return MATE_OK;
   p.x_aligned = pieces_aligned(p.args, args.x);
   p.y_aligned = pieces_aligned(p.args, args.y);
-  p.weight_aligned = p.x_aligned && reinterpret_cast<uintptr_t>(args.weight.data) % 16 == 0;
   const int32_t dtype = args.x.dtype;
   const bool launched = dtype == MATE_FLOAT32 ? launch_short_conv<MATE_FLOAT32>(p, blocks, stream)
                         : dtype == MATE_FLOAT16
