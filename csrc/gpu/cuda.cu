@@ -1,3 +1,6 @@
 // The kernels for NVIDIA GPUs.
+#include "decode.h"
 #include "forward.h"
+#include "gated_norm.h"
 #include "probe.h"
+#include "short_conv.h"

@@ -4,8 +4,7 @@
 #include "layout.h"
 #include "plan.h"
 #include "prepare.h"
-
-#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
+#include "recurrent.h"
 
 namespace mate {
 namespace gpu {
@@ -23,23 +22,14 @@ inline bool serves(const mate_kda_args& args) {
          (args.gate == MATE_GATE_LOG_DECAY || (args.A_log && args.dt_bias)) && args.num_seqs >= 0 &&
          args.seq_len >= 0 && args.total_tokens >= 0 && args.heads_qk > 0 && args.heads_v >= 0 &&
          args.heads_v % args.heads_qk == 0 && args.algorithm >= MATE_AUTO &&
-         args.algorithm <= MATE_RECURRENT;
+         args.algorithm <= MATE_CHUNK && !args.token_states.data && args.num_states >= 0;
 }
 
-// Whether every row starts at a multiple of 16 bytes. A stride that is never taken may be anything.
-inline bool is_aligned(const mate_kda_args& args, const mate_tensor& x, int64_t heads) {
-  const int64_t size = x.dtype == MATE_FLOAT32 ? 4 : 2;
-  const int64_t counts[] = {args.cu_seqlens ? 1 : args.num_seqs, args.total_tokens, heads};
-  bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  for (int i = 0; i < 3; ++i) {
-    aligned = aligned && (counts[i] <= 1 || x.stride[i] * size % 16 == 0);
-  }
-  return aligned;
-}
-
+// Whether two neighbouring keys of a state lie side by side, and can be taken at once.
 inline bool is_paired(const mate_kda_args& args, const mate_tensor& x) {
   const int64_t size = x.dtype == MATE_FLOAT32 ? 4 : 2;
-  const int64_t counts[] = {args.num_seqs, args.heads_v, kDim};
+  const int64_t states = args.state_indices ? args.num_states : args.num_seqs;
+  const int64_t counts[] = {states, args.heads_v, kDim};
   bool paired = kNeighbours && (args.flags & MATE_STATE_V_FIRST) &&
                 reinterpret_cast<uintptr_t>(x.data) % (2 * size) == 0;
   for (int i = 0; i < 3; ++i) paired = paired && (counts[i] <= 1 || x.stride[i] % 2 == 0);
@@ -153,11 +143,12 @@ inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream)
   p.operands = reinterpret_cast<Operands*>(workspace + layout.operands);
   p.group = static_cast<uint32_t>(args.heads_v / args.heads_qk);
   p.contracts = (args.flags & MATE_L2NORM) && (args.flags & MATE_BETA_SIGMOID);
-  p.q_aligned = is_aligned(args, args.q, args.heads_qk);
-  p.k_aligned = is_aligned(args, args.k, args.heads_qk);
-  p.v_aligned = is_aligned(args, args.v, args.heads_v);
-  p.g_aligned = is_aligned(args, args.g, args.heads_v);
-  p.output_aligned = is_aligned(args, args.output, args.heads_v);
+  const int64_t batch = args.cu_seqlens ? 1 : args.num_seqs;
+  p.q_aligned = rows_aligned(args.q, batch, args.total_tokens, args.heads_qk);
+  p.k_aligned = rows_aligned(args.k, batch, args.total_tokens, args.heads_qk);
+  p.v_aligned = rows_aligned(args.v, batch, args.total_tokens, args.heads_v);
+  p.g_aligned = rows_aligned(args.g, batch, args.total_tokens, args.heads_v);
+  p.output_aligned = rows_aligned(args.output, batch, args.total_tokens, args.heads_v);
   p.initial_paired = is_paired(args, args.initial_state);
   p.final_paired = is_paired(args, args.final_state);
   if (args.cu_seqlens && !launch(plan, 1, kPlanThreads, kPlanShared, stream, p)) return false;
@@ -172,11 +163,13 @@ inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream)
 MATE_EXPORT int32_t mate_abi_version(void) { return MATE_ABI_VERSION; }
 
 MATE_EXPORT int64_t mate_gpu_kda_workspace(const mate_kda_args* args) {
+  if (args->algorithm == MATE_RECURRENT) return mate::gpu::serves_recurrent(*args) ? 0 : -1;
   return mate::gpu::serves(*args) ? mate::gpu::Layout(*args).bytes : -1;
 }
 
 MATE_EXPORT int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream) {
   using namespace mate::gpu;
+  if (args->algorithm == MATE_RECURRENT) return run_recurrent(*args, stream);
   if (!serves(*args)) return MATE_UNSUPPORTED;
   if (args->num_seqs == 0 || args->heads_v == 0) return MATE_OK;
   const Layout layout(*args);

@@ -10,6 +10,8 @@
 #include "arch/arch.h"
 #include "mate/gpu.h"
 
+#define MATE_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace mate {
 namespace gpu {
 
@@ -73,6 +75,24 @@ MATE_DEVICE char* row_at(const mate_tensor& x, int64_t i, int64_t j, int64_t k) 
 
 // Whether operands are written in place of others.
 MATE_DEVICE bool wraps(const Params& p) { return p.ring < p.chunks; }
+
+// The place of a sequence's state in a pool: outside of it, -1.
+MATE_DEVICE int64_t state_index(const void* indices, bool is_64bit, int64_t num_states, int64_t n) {
+  if (!indices) return n;
+  const int64_t i =
+      is_64bit ? static_cast<const int64_t*>(indices)[n] : static_cast<const int32_t*>(indices)[n];
+  return i >= 0 && i < num_states ? i : -1;
+}
+
+// Whether every row starts at a multiple of 16 bytes. A stride that is never taken may be anything.
+inline bool rows_aligned(const mate_tensor& x, int64_t first, int64_t second, int64_t third) {
+  const int64_t size = x.dtype == MATE_FLOAT32 ? 4 : 2, counts[] = {first, second, third};
+  bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  for (int i = 0; i < 3; ++i) {
+    aligned = aligned && (counts[i] <= 1 || x.stride[i] * size % 16 == 0);
+  }
+  return aligned;
+}
 
 struct Sequence {
   int64_t index, batch, begin, end;  // tokens

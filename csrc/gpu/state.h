@@ -87,13 +87,17 @@ MATE_DEVICE void unpack_state(const uint32_t (&both)[kKeyTiles][4], State& s) {
   }
 }
 
+MATE_DEVICE int64_t state_of(const Params& p, int64_t sequence) {
+  const mate_kda_args& a = p.args;
+  return state_index(a.state_indices, a.state_indices_is_64bit, a.num_states, sequence);
+}
+
 // All loads are under way before the first is needed.
-MATE_DEVICE void load_initial(const Params& p, int64_t sequence, int64_t head, int value,
-                              State& s) {
+MATE_DEVICE void load_initial(const Params& p, int64_t index, int64_t head, int value, State& s) {
   const mate_tensor& x = p.args.initial_state;
   const bool wide = x.dtype == MATE_FLOAT32;
   if (wide && p.initial_paired) {
-    each_pair(x, sequence, head, value, [&](int t, int v, const char* from) {
+    each_pair(x, index, head, value, [&](int t, int v, const char* from) {
       const Pair pair = *reinterpret_cast<const Pair*>(from);
       s.tile[t].x[v] = pair.x;
       s.tile[t].x[v + 1] = pair.y;
@@ -101,18 +105,18 @@ MATE_DEVICE void load_initial(const Params& p, int64_t sequence, int64_t head, i
     return;
   }
   if (wide) {
-    each_address(p, x, sequence, head, value, [&](int t, int v, const char* from) {
+    each_address(p, x, index, head, value, [&](int t, int v, const char* from) {
       s.tile[t].x[v] = *reinterpret_cast<const float*>(from);
     });
     return;
   }
   uint32_t both[kKeyTiles][4] = {};
   if (p.initial_paired) {
-    each_pair(x, sequence, head, value, [&](int t, int v, const char* from) {
+    each_pair(x, index, head, value, [&](int t, int v, const char* from) {
       both[t][v / 2] = *reinterpret_cast<const uint32_t*>(from);
     });
   } else {
-    each_address(p, x, sequence, head, value, [&](int t, int v, const char* from) {
+    each_address(p, x, index, head, value, [&](int t, int v, const char* from) {
       const uint32_t bits = *reinterpret_cast<const uint16_t*>(from);
       both[t][v / 2] |= bits << v % 2 * 16;
     });
@@ -124,15 +128,15 @@ MATE_DEVICE void load_initial(const Params& p, int64_t sequence, int64_t head, i
   }
 }
 
-MATE_DEVICE void store_final(const Params& p, int64_t sequence, int64_t head, int value,
+MATE_DEVICE void store_final(const Params& p, int64_t index, int64_t head, int value,
                              const State& s) {
   const mate_tensor& x = p.args.final_state;
   if (!p.final_paired) {
-    each_address(p, x, sequence, head, value,
+    each_address(p, x, index, head, value,
                  [&](int t, int v, char* to) { store_element(to, 0, x.dtype, s.tile[t].x[v]); });
     return;
   }
-  each_pair(x, sequence, head, value, [&](int t, int v, char* to) {
+  each_pair(x, index, head, value, [&](int t, int v, char* to) {
     const Pair pair = {s.tile[t].x[v], s.tile[t].x[v + 1]};
     if (x.dtype == MATE_FLOAT32) {
       *reinterpret_cast<Pair*>(to) = pair;
@@ -157,8 +161,8 @@ MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t hea
     load_tiles(p.ends, (segment.slot(p) - 1) * p.args.heads_v + head);
   } else if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
     load_tiles(p.carry_in, head);
-  } else if (p.args.initial_state.data) {
-    load_initial(p, sequence.index, head, value, s);
+  } else if (p.args.initial_state.data && state_of(p, sequence.index) >= 0) {
+    load_initial(p, state_of(p, sequence.index), head, value, s);
   } else {
     each_element([&](int t, int v, int, int) { s.tile[t].x[v] = 0.0f; }, value);
   }
@@ -172,8 +176,8 @@ MATE_DEVICE void store_state(const Params& p, const Sequence& sequence, int64_t 
     for (int t = 0; t < kKeyTiles; ++t) {
       store_tile(tile_of(p.carry_out, head, value / kBlock, t), s.tile[t]);
     }
-  } else if (p.args.final_state.data) {
-    store_final(p, sequence.index, head, value, s);
+  } else if (p.args.final_state.data && state_of(p, sequence.index) >= 0) {
+    store_final(p, state_of(p, sequence.index), head, value, s);
   }
 }
 

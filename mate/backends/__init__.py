@@ -42,8 +42,14 @@ class NoBackendError(RuntimeError):
         self.refusals = refusals
 
 
-def backend_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Choice:
+def backend_for(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    recurrent: bool = False,
+) -> Choice:
     """Which backend serves the forward pass of a call on ``device`` with q of ``dtype``.
+
+    ``recurrent``: of :func:`mate.recurrent_kda`, not of :func:`mate.chunk_kda`.
 
     Raises:
         ValueError: PyTorch knows no such device, or MATE_DISABLE no such backend.
@@ -53,7 +59,7 @@ def backend_for(device: torch.device | str = "cpu", dtype: torch.dtype = torch.b
     refusals: dict[str, str] = {}
     for name in NAMES:
         reason = "switched off by MATE_DISABLE" if disabled(name) else None
-        reason = reason or _backend(name, device).refusal(device, dtype)
+        reason = reason or _backend(name, device).refusal(device, dtype, recurrent)
         if reason is None:
             return Choice(name, refusals)
         refusals[name] = reason
@@ -97,7 +103,7 @@ def _level_of_the_user() -> int:
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """Writes output [B, T, Hv, V] and, where given, the final state, by the first able backend."""
-    choice = backend_for(call.q.device, call.q.dtype)
+    choice = backend_for(call.q.device, call.q.dtype, call.recurrent)
     _warn_once(choice, call.q.device)
     _backend(choice.name, call.q.device).forward(call, output, final_state)
 

@@ -1,7 +1,9 @@
 """The native backend on GPUs: loads the device's library with ctypes and queues its kernels.
 
 The C interface is ``csrc/include/mate/gpu.h``. Kernels run on PyTorch's current stream; their
-workspace comes from PyTorch's allocator. Nothing waits for the device.
+workspace comes from PyTorch's allocator. Nothing waits for the device. PyTorch gives memory back to
+work queued on the same stream only, so that what a call made for itself may be freed before its
+kernels have run.
 """
 
 import contextlib
@@ -16,7 +18,10 @@ from torch import Tensor
 
 from mate.backends.call import KdaCall
 from mate.backends.devices import runtime, stream_of, unfit
-from mate.backends.native import ABI_VERSION, STATUS, pack
+from mate.backends.native import ABI_VERSION, DTYPE_CODES, STATUS, pack
+
+LAUNCH_FAILED = 3
+LAYER_FUNCTIONS = ("short_conv", "gated_norm", "decode_step")
 
 
 def library_path(device_type: str) -> Path:
@@ -31,11 +36,17 @@ def load(path: Path) -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} could not be loaded: {error}"
-    lib.mate_gpu_kda_workspace.argtypes = [c_char_p]
-    lib.mate_gpu_kda_workspace.restype = c_int64
-    lib.mate_gpu_kda_forward.argtypes = [c_char_p, c_void_p, c_void_p]
-    lib.mate_gpu_last_error.restype = c_char_p
-    if lib.mate_abi_version() != ABI_VERSION:
+    try:
+        version = lib.mate_abi_version()
+        lib.mate_gpu_kda_workspace.argtypes = [c_char_p]
+        lib.mate_gpu_kda_workspace.restype = c_int64
+        lib.mate_gpu_kda_forward.argtypes = [c_char_p, c_void_p, c_void_p]
+        for name in LAYER_FUNCTIONS:
+            getattr(lib, f"mate_gpu_{name}").argtypes = [c_char_p, c_void_p]
+        lib.mate_gpu_last_error.restype = c_char_p
+    except AttributeError:
+        version = None
+    if version != ABI_VERSION:
         return f"{path} belongs to another version of mate; reinstall mate"
     return lib
 
@@ -53,16 +64,46 @@ def library(device_type: str) -> ctypes.CDLL | str:
     return load(path)
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve a call; None when it can."""
+def unusable(device: torch.device) -> str | None:
+    """Why a device's kernels cannot run, whatever the call."""
     if torch.version.hip:
         return "there are no native kernels for ROCm"
-    if dtype not in (torch.float16, torch.bfloat16):
+    lib = library(device.type)
+    return lib if isinstance(lib, str) else unfit(device.type, device.index)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -> str | None:
+    """Why this backend cannot serve a call; None when it can."""
+    if torch.version.hip:
+        return unusable(device)
+    if dtype == torch.float32 and not recurrent:
+        return (
+            f"the {device.type} kernels serve float16 and bfloat16, and {dtype} token by token only"
+        )
+    if dtype not in DTYPE_CODES:
         return f"the {device.type} kernels serve float16 and bfloat16, not {dtype}"
+    return unusable(device)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes a device the current one, which the library asks for its size and launches on."""
+    torch_device = runtime(device.type)
+    here = device.index == torch_device.current_device()
+    return contextlib.nullcontext() if here else torch_device.device(device)
+
+
+def queue(function: str, device: torch.device, *arguments: bytes | int | None) -> None:
+    """Calls a function of the device's library for PyTorch's current stream."""
     lib = library(device.type)
     if isinstance(lib, str):
-        return lib
-    return unfit(device.type, device.index)
+        raise RuntimeError(lib)
+    with _on(device):
+        status = getattr(lib, function)(*arguments, stream_of(device))
+    if status == LAUNCH_FAILED:
+        said = lib.mate_gpu_last_error().decode()
+        raise RuntimeError(f"{function}: a kernel was not launched: {said}")
+    if status != 0:
+        raise RuntimeError(f"{function} on {device} failed: {STATUS.get(status, status)}")
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -71,20 +112,17 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     ``final_state`` may be the memory of ``call.initial_state``.
     """
     device = call.q.device
+    packed, keep = pack(call, output, final_state)
+    workspace = None if call.recurrent else _workspace(packed, device)
+    at = None if workspace is None else workspace.data_ptr()
+    queue("mate_gpu_kda_forward", device, packed, at)
+    del keep, workspace
+
+
+def _workspace(packed: bytes, device: torch.device) -> Tensor:
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
-    torch_device = runtime(device.type)
-    here = device.index == torch_device.current_device()
-    with contextlib.nullcontext() if here else torch_device.device(device):
-        packed, keep = pack(call, output, final_state)
+    with _on(device):
         size = max(0, lib.mate_gpu_kda_workspace(packed))
-        # PyTorch gives memory back to work queued on the same stream only, so that both may be
-        # freed before the kernels have run.
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        status = lib.mate_gpu_kda_forward(packed, workspace.data_ptr(), stream_of(device))
-    del keep
-    if status == 3:
-        raise RuntimeError(f"a KDA kernel was not launched: {lib.mate_gpu_last_error().decode()}")
-    if status != 0:
-        raise RuntimeError(f"the {device.type} KDA kernel failed: {STATUS.get(status, status)}")
+        return torch.empty(size, dtype=torch.uint8, device=device)

@@ -99,7 +99,7 @@ def use_isa(name: str | None) -> bool:
     return bool(lib.mate_cpu_use_isa(None if name is None else name.encode()) == 0)
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -> str | None:
     """Why this backend cannot serve a call; None when it can."""
     if device.type != "cpu":
         return f"there are no native kernels for {device.type}"

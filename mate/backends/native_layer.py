@@ -1,11 +1,15 @@
-"""The native kernels of what surrounds the recurrence in a layer: ``csrc/include/mate/layer.h``."""
+"""The native kernels of what surrounds the recurrence in a layer: ``csrc/include/mate/layer.h``.
+
+Each function takes tensors of one device, and goes to that device's library.
+"""
 
 import struct
 
 import torch
 from torch import Tensor
 
-from mate.backends import native
+from mate.backends import gpu, native
+from mate.backends.devices import DEVICES
 from mate.backends.native import DTYPE_CODES, TENSOR, tensor_fields
 from mate.backends.switches import disabled
 
@@ -18,18 +22,42 @@ _GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi0q")
 _DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "3Pq3q3f5i0q")
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there, and every tensor lies on a CPU in a dtype that they know."""
-    for x in tensors:
-        if x is not None and (x.dtype not in DTYPE_CODES or not x.is_cpu):
+def has_kernels(device_type: str) -> bool:
+    """Whether there is a library for a type of device, and it is not switched off."""
+    if disabled("native"):
+        return False
+    if device_type == "cpu":
+        return not isinstance(native.library(), str)
+    return device_type in DEVICES and gpu.unusable(torch.device(device_type)) is None
+
+
+# What torch.compiler.assume_constant_result sets; it would import the compiler, for a second.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def serves(first: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the kernels are there, and every tensor lies on one device in a known dtype."""
+    on_cpu = first.is_cpu
+    for x in (first, *tensors):
+        if x is None:
+            continue
+        if x.dtype not in DTYPE_CODES or x.is_cpu != on_cpu:
             return False
-    return not disabled("native") and not isinstance(native.library(), str)
+        if not on_cpu and x.device != first.device:
+            return False
+    if disabled("native"):
+        return False
+    if on_cpu:
+        return not isinstance(native.library(), str)
+    return first.device.type in DEVICES and gpu.unusable(first.device) is None
 
 
-def _run(name: str, arguments: bytes) -> None:
-    status = getattr(native.library(), name)(arguments)
+def _run(name: str, arguments: bytes, device: torch.device) -> None:
+    if device.type != "cpu":
+        return gpu.queue(f"mate_gpu_{name}", device, arguments)
+    status = getattr(native.library(), f"mate_{name}")(arguments)
     if status != 0:
-        raise RuntimeError(f"{name} failed: {native.STATUS.get(status, status)}")
+        raise RuntimeError(f"mate_{name} failed: {native.STATUS.get(status, status)}")
 
 
 def short_conv(
@@ -42,7 +70,7 @@ def short_conv(
 ) -> None:
     """x, y [B, T, C] with contiguous channels, weight [C, W <= 8], states [N, C, W] of x's dtype.
 
-    Writes y inside the documents, and final_state where given.
+    Writes y inside the documents (on a GPU zeros outside of them), and final_state where given.
     """
     weight = weight.contiguous()
     batch, tokens, channels = x.shape
@@ -50,7 +78,7 @@ def short_conv(
     if cu is not None and cu.dtype not in (torch.int32, torch.int64):
         cu = cu.long()
     _run(
-        "mate_short_conv",
+        "short_conv",
         _SHORT_CONV.pack(
             *tensor_fields(x), *tensor_fields(y),
             *tensor_fields(initial_state), *tensor_fields(final_state),
@@ -59,6 +87,7 @@ def short_conv(
             tokens, tokens, channels,
             weight.shape[1], cu is not None and cu.dtype == torch.int64, torch.get_num_threads(),
         ),
+        x.device,
     )  # fmt: skip
 
 
@@ -67,7 +96,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, output: Tens
     *size, dim = x.shape
     weight = weight.contiguous()
     _run(
-        "mate_gated_norm",
+        "gated_norm",
         _GATED_NORM.pack(
             x.data_ptr(), *x.stride()[:3], DTYPE_CODES[x.dtype],
             gate.data_ptr(), *gate.stride()[:3], DTYPE_CODES[gate.dtype],
@@ -75,6 +104,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, output: Tens
             weight.data_ptr(), 0, DTYPE_CODES[weight.dtype],
             *size, dim, eps, torch.get_num_threads(),
         ),
+        x.device,
     )  # fmt: skip
 
 
@@ -104,7 +134,7 @@ def decode_step(
         fields += x.data_ptr(), 0, DTYPE_CODES[x.dtype]
     gate = native.GATE_SOFTPLUS if lower_bound is None else native.GATE_BOUNDED
     _run(
-        "mate_decode_step",
+        "decode_step",
         _DECODE.pack(
             *fields, state.data_ptr(), *state.stride()[:3], DTYPE_CODES[state.dtype],
             A_log.data_ptr(), dt_bias.data_ptr(), *native.index_fields(state_indices, state),
@@ -113,4 +143,5 @@ def decode_step(
             state_indices is not None and state_indices.dtype == torch.int64,
             width, gate, native.L2NORM | native.BETA_SIGMOID | flags, torch.get_num_threads(),
         ),
+        state.device,
     )  # fmt: skip

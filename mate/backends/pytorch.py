@@ -34,7 +34,7 @@ TINY, TINY_RESULT = 1e-18, 1e-30
 SLAB_BYTES = 2 << 20  # of one [B, H, tokens, D] array: bounds the memory of both passes
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -> str | None:
     """Why this backend cannot serve a call; None when it can."""
     return None
 

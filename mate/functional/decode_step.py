@@ -1,6 +1,6 @@
 """One token through everything between a KDA layer's projections, in one call.
 
-mate::kda_decode_step  on CPUs: the native kernel, or the same step by step
+mate::kda_decode_step  the native kernel, or the same step by step
 """
 
 from typing import Any
@@ -41,8 +41,8 @@ def kda_decode_step(
     """Short convolutions, SiLU, l2 norm, gate, recurrence and gated norm of one token a document.
 
     What :func:`mate.functional.short_conv.short_conv`, :func:`mate.recurrent_kda` and
-    :func:`mate.functional.gated_norm.gated_rms_norm` compute one after another, on CPUs and
-    without gradients. The native kernel rounds nothing in between to 16 bits. Both states are
+    :func:`mate.functional.gated_norm.gated_rms_norm` compute one after another, without gradients.
+    The native kernels, on CPUs and GPUs, round nothing in between to 16 bits. Both states are
     updated in place.
 
     Args:
@@ -99,7 +99,7 @@ def _check(
     norm_weight: Tensor,
 ) -> None:
     batch, keys, values, width = q.shape[0], q.shape[-1], v.shape[-1], q_weight.shape[-1]
-    middle = tuple(v.shape[1:-1])
+    middle, on_cpu = tuple(v.shape[1:-1]), q.is_cpu
     rows, heads = (batch, *middle), values // HEAD_DIM
     if middle not in ((), (1,)) or keys % HEAD_DIM or not keys or values % keys:
         raise ValueError(
@@ -124,8 +124,8 @@ def _check(
     ):
         if x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(x.shape)}")
-        if not x.is_cpu:
-            raise ValueError(f"{name} must be on a CPU, got {x.device}")
+        if x.is_cpu != on_cpu or (not on_cpu and x.device != q.device):
+            raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
     for name, x in (("conv_state", conv_state), ("state", state)):
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")

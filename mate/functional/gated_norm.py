@@ -1,10 +1,10 @@
 """The norm behind the recurrence: RMS over one head, gated by a sigmoid.
 
-    mate::gated_rms_norm           on CPUs: the native kernel, or the same in PyTorch
+    mate::gated_rms_norm           the native kernel, or the same in PyTorch
     mate::gated_rms_norm_backward  gradients, in PyTorch
 
-Other devices take the PyTorch form without an operator of their own, so that the compiler can
-fuse it.
+A device without native kernels, other than a CPU, takes the PyTorch form without an operator of its
+own, so that the compiler can fuse it.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -
         raise ValueError(f"gate must have x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [V={x.shape[-1]}], got shape {tuple(weight.shape)}")
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and not native_layer.has_kernels(x.device.type):
         return in_pytorch(x, gate, weight, eps)
     return torch.ops.mate.gated_rms_norm(x, gate, weight, eps)
 

@@ -1,10 +1,10 @@
 """The short causal convolution in front of q, k and v: depthwise, W taps, SiLU.
 
-    mate::short_conv           on CPUs: the native kernel, or the same in PyTorch; differentiable
+    mate::short_conv           the native kernel, or the same in PyTorch; differentiable
     mate::short_conv_backward  gradients, in PyTorch
 
-Other devices take the PyTorch form below without an operator of their own, so that the compiler
-can fuse it.
+A device without native kernels, other than a CPU, takes the PyTorch form below without an operator
+of its own, so that the compiler can fuse it.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +29,9 @@ def short_conv(
     y[t, c] = silu(sum_j weight[c, j] * x[t - W + 1 + j, c]); what lies before a document is its
     initial state, or zeros. Computed in fp32, differentiable in x, weight and initial_state.
 
+    Channels do not mix: where q, k and v are neighbours in one projection [B, T, Cq + Ck + Cv],
+    their convolutions are one call, with their weights one below another.
+
     Args:
         x: [B, T, C], or [1, S, C] with ``cu_seqlens``; any float dtype, any strides.
         weight: [C, W], the last tap multiplies the newest token; any float dtype. The native
@@ -51,7 +54,7 @@ def short_conv(
         if initial_state.shape[2] != width:
             initial_state = initial_state[..., -width:]
         initial_state = initial_state.to(x.dtype)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and not native_layer.has_kernels(x.device.type):
         return in_pytorch(x, weight, initial_state, cu_seqlens, output_final_state)
     y, final = torch.ops.mate.short_conv(x, weight, initial_state, cu_seqlens, output_final_state)
     return y, final if output_final_state else None
@@ -237,7 +240,7 @@ def _short_conv(
         y, final = in_pytorch(*arguments)
         return y.contiguous(), final if output_final_state and final is not None else x.new_empty(0)
     y, final = _new_outputs(*arguments)
-    if cu_seqlens is not None:  # tokens of no document
+    if cu_seqlens is not None and x.is_cpu:  # tokens of no document
         y[:, : int(cu_seqlens[0])] = 0
         y[:, max(int(cu_seqlens[-1]), 0) :] = 0
     if x.stride(2) != 1:

@@ -53,8 +53,6 @@ class MateKimiLinearDeltaAttention(TransformersMixer, KimiLinearDeltaAttention):
         weight, norm = self.conv1d.weight, self.o_norm
         if not is_plain(norm, KimiLinearRMSNormGated):
             return None
-        if not (weight.is_cpu and norm.weight.is_cpu):
-            return None
         return DecodeWeights(weight.squeeze(1).chunk(3), norm.weight, norm.variance_epsilon)
 
     def decay_input(self, x: Tensor) -> Tensor:

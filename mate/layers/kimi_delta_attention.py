@@ -233,11 +233,8 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
             conv = modules[name]
             if not is_plain(conv, ShortConvolution):
                 return None
-            weight = conv._parameters["weight"]
-            if not weight.is_cpu:
-                return None
-            convs.append(weight.squeeze(1))
-        if not is_plain(norm, GatedRMSNorm) or not norm.weight.is_cpu:
+            convs.append(conv._parameters["weight"].squeeze(1))
+        if not is_plain(norm, GatedRMSNorm):
             return None
         return DecodeWeights(convs, norm.weight, norm.eps)
 

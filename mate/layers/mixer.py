@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from mate.backends import native_layer
 from mate.functional import chunk_kda, recurrent_kda
 from mate.functional.contract import FLOAT_DTYPES, check_cu_seqlens_form
 from mate.functional.decode_step import kda_decode_step
@@ -178,10 +179,14 @@ class DeltaMixer:
         rows: q, k, v, gate input, beta, output gate. Both states are updated in place.
         """
         x = rows[0]
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in FLOAT_DTYPES:
+        if torch.is_grad_enabled() or x.dtype not in FLOAT_DTYPES:
+            return None
+        if not x.is_cpu and not native_layer.has_kernels(x.device.type):
             return None
         weights = self.decode_weights()
         if weights is None or not (conv_state.is_contiguous() and state.is_contiguous()):
+            return None
+        if any(y.is_cpu != x.is_cpu for y in (*weights.convs, weights.norm)):
             return None
         if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[1]:
             return None

@@ -24,10 +24,10 @@ def _with(case: Case, **dtypes: torch.dtype) -> Case:
     return case
 
 
-def _raw_keys() -> Case:
+def _raw_keys(T: int = 80) -> Case:
     """q, k and beta as they enter the recurrence."""
     options = {"use_qk_l2norm_in_kernel": False, "use_beta_sigmoid_in_kernel": False}
-    case = draw(T=80, dtype=bf16, **options)
+    case = draw(T=T, dtype=bf16, **options)
     for name in ("q", "k"):
         case.tensors[name] *= 0.08
     case.tensors["beta"] = torch.rand_like(case.tensors["beta"])
@@ -43,16 +43,16 @@ def _correlated(name: str) -> Case:
     return case
 
 
-def _neutral_tokens() -> Case:
+def _neutral_tokens(T: int = 80) -> Case:
     """g = -inf in a gated call and beta = -inf change nothing."""
-    case = draw(T=80, dtype=bf16)
+    case = draw(T=T, dtype=bf16)
     case.tensors["g"][:, 20:30] = -torch.inf
     case.tensors["beta"][:, 20:30] = -torch.inf
     return case
 
 
-def _zero_rows() -> Case:
-    case = draw(T=70, dtype=bf16)
+def _zero_rows(T: int = 70) -> Case:
+    case = draw(T=T, dtype=bf16)
     for name in ("q", "k"):
         case.tensors[name][:, 3:5] = 0
     return case
@@ -102,6 +102,58 @@ CASES: dict[str, Callable[[], Case]] = {
 def built(name: str) -> tuple[Case, tuple[Tensor, Tensor]]:
     """A case with its expected output and final state; not to be changed."""
     case = CASES[name]()
+    return case, case.reference()
+
+
+def _few(**options: Any) -> Case:
+    return draw(**{"T": 5, "dtype": bf16} | options)
+
+
+def _states(dtype: torch.dtype, **options: Any) -> Case:
+    return _with(_few(**options), initial_state=dtype)
+
+
+# Calls of the recurrence token by token.
+RECURRENT: dict[str, Callable[[], Case]] = {
+    **{f"T{T}": functools.partial(_few, T=T) for T in (0, 1, 3, 4, 8, 17, 40)},
+    **{
+        f"{gate}-{regime}": functools.partial(_few, gate=gate, regime=regime)
+        for gate in ("bounded", "softplus", "log")
+        for regime in ("forgetting", "remembering", "strong", "mixed")
+    },
+    "log-erasing": lambda: _few(gate="log", regime="erasing"),
+    "fp16": lambda: _few(dtype=fp16),
+    "fp32": lambda: _few(dtype=torch.float32),
+    "fp32-softplus": lambda: _few(T=40, dtype=torch.float32, gate="softplus", regime="remembering"),
+    "fp32-cosine": lambda: _few(T=40, dtype=torch.float32, gate="log", cosine=0.99),
+    "fp32-grouped-key-first": lambda: _few(dtype=torch.float32, Hv=4, state_v_first=False),
+    "fp32-gate-and-beta": lambda: _with(_few(), g=torch.float32, beta=torch.float32),
+    "batch": lambda: _few(B=3),
+    "one-head": lambda: _few(Hqk=1, Hv=1),
+    "grouped": lambda: _few(Hqk=2, Hv=6),
+    "no-initial-state": lambda: _few(state=False),
+    **{
+        f"{str(dtype).removeprefix('torch.')}-state-{name}": functools.partial(
+            _states, dtype, Hqk=1, Hv=heads, state_v_first=name == "value-first"
+        )
+        for dtype, heads in ((torch.float32, 3), (bf16, 5), (fp16, 2))
+        for name in ("value-first", "key-first")
+    },
+    "barriers": lambda: _few(T=14, Hqk=1, Hv=1, gate="log", regime="remembering"),
+    "scale": lambda: _few(scale=0.3),
+    "lower-bound-40": lambda: _few(lower_bound=-40.0),
+    "negative-eigenvalues": lambda: _few(allow_neg_eigval=True),
+    "no-l2norm-no-sigmoid": lambda: _raw_keys(9),
+    "neutral-tokens": lambda: _neutral_tokens(40),
+    "zero-rows": lambda: _zero_rows(9),
+    "varlen": lambda: _few(lens=[5, 0, 7, 1, 0, 19, 0]),
+    "varlen-int32-fp16": lambda: _int32(_few(lens=[0, 3, 6], dtype=fp16, state_v_first=False)),
+}
+
+
+@functools.cache
+def built_recurrent(name: str) -> tuple[Case, tuple[Tensor, Tensor]]:
+    case = RECURRENT[name]()
     return case, case.reference()
 
 

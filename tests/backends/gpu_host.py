@@ -3,6 +3,7 @@
 import ctypes
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def guarded(x: Tensor, fill: float = math.nan, shift: int = 0) -> tuple[Tensor, 
     return inner.copy_(x), buffer
 
 
-def call_of(tensors: dict[str, Tensor], options: dict[str, Any]) -> KdaCall:
+def call_of(
+    tensors: dict[str, Tensor], options: dict[str, Any], recurrent: bool = False, **more: Tensor
+) -> KdaCall:
     """The checked call that mate.functional would make of a case."""
     t, o = tensors, options
     return KdaCall(
@@ -62,7 +65,8 @@ def call_of(tensors: dict[str, Tensor], options: dict[str, Any]) -> KdaCall:
         beta_sigmoid=o.get("use_beta_sigmoid_in_kernel", True),
         neg_eigval=o.get("allow_neg_eigval", False),
         state_v_first=o.get("state_v_first", True),
-        recurrent=False,
+        recurrent=recurrent,
+        **more,
     )
 
 
@@ -84,6 +88,19 @@ def launch(lib: ctypes.CDLL, call: KdaCall, output: Tensor, final: Tensor | None
 def run(
     lib: ctypes.CDLL, case: Case, shift: int = 0, final_state: bool = True
 ) -> tuple[Tensor, Tensor]:
+    def forward(t: dict[str, Tensor], output: Tensor, final: Tensor | None) -> None:
+        status = launch(lib, call_of(t, case.options), output, final)
+        assert status == 0, (status, lib.mate_gpu_last_error())
+
+    return run_guarded(forward, case, shift, final_state)
+
+
+def run_guarded(
+    forward: Callable[[dict[str, Tensor], Tensor, Tensor | None], None],
+    case: Case,
+    shift: int = 0,
+    final_state: bool = True,
+) -> tuple[Tensor, Tensor]:
     """Output and final state; every tensor is guarded, outputs are poisoned before."""
     t = {name: guarded(x, 0 if x.dtype in (torch.int32, torch.int64) else math.nan, shift)[0]
          for name, x in case.tensors.items()}  # fmt: skip
@@ -93,8 +110,7 @@ def run(
     new_state = new_state if initial is None else new_state.to(initial.dtype)
     output, output_buffer = guarded(torch.full_like(v, math.nan), SENTINEL, shift)
     final, final_buffer = guarded(new_state, SENTINEL, shift)
-    status = launch(lib, call_of(t, case.options), output, final if final_state else None)
-    assert status == 0, (status, lib.mate_gpu_last_error())
+    forward(t, output, final if final_state else None)
     for buffer in (output_buffer, final_buffer):
         bands = torch.cat([buffer[: GUARD + shift], buffer[shift - GUARD :]])
         assert (bands == SENTINEL).all(), "written outside the tensor"

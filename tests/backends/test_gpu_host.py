@@ -13,9 +13,11 @@ from pathlib import Path
 
 import gpu_host
 import pytest
+import test_gpu_decode
 import torch
-from gpu_cases import BOUND, CASES, CORRELATED, LONG, built
+from gpu_cases import BOUND, CASES, CORRELATED, LONG, built, built_recurrent
 from gpu_host import ROOT, call_of, launch, run
+from gpu_machines import Emulated
 from kda_cases import Case, draw, rel_rms
 
 from mate.functional.reference import kda_reference
@@ -273,6 +275,12 @@ def test_no_access_is_misaligned(tmp_path: Path) -> None:
         case, expected = built(name)
         for shift in (0, 1, 2, 4):
             check(run(checked, case, shift=shift), expected)
+    for name in ("grouped", "bfloat16-state-key-first", "fp32", "no-initial-state", "varlen"):
+        case, expected = built_recurrent(name)
+        for shift in (0, 1, 2, 4):
+            check(test_gpu_decode.run(Emulated(checked), case, shift), expected)
+    for dtype in (torch.float32, bf16):
+        test_gpu_decode.check_layer(Emulated(checked), dtype)
 
 
 @pytest.mark.parametrize("width", [3 * 128, 3 * 128 + 8, 3 * 128 + 1], ids=str)
@@ -448,7 +456,8 @@ def test_every_barrier_is_needed(lib: ctypes.CDLL, segments: ctypes.CDLL) -> Non
         for each in libs:
             each.mate_gpu_host_drop_barrier(site)
             each.mate_gpu_host_seed(seed)
-        whole = all(right(lib, *x) for x in sensitive_cases())
+        whole = test_gpu_decode.right(Emulated(lib))
+        whole = whole and all(right(lib, *x) for x in sensitive_cases())
         return not (whole and right(segments, *long_case("log")))
 
     try:

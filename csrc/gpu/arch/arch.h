@@ -21,8 +21,9 @@
 //   arrive(x), arrive_warp(x), arrive_with_copies(x)    by hand; when this thread's copies are here
 //   kProducers                                      whether a warp group may do nothing but copy:
 //   barrier_of_first<N>(), take_registers<N>(), leave_registers<N>(), pause(cycles), prefetch(from)
-//   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits
+//   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits, to_bits
 //   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
+//   expf, expm1f, log1pf, fabsf, fmaxf          the machine's own, to a few ulp
 //   launch, multiprocessors, shared_limit, last_error   on the host
 //   kEarlyLaunches                                  whether launches may overlap:
 //   wait_for_before(), let_next_begin(), count_up(x), await_count(x, n)

@@ -52,6 +52,7 @@ MATE_DEVICE float fast_rsqrt(float x) {
   return y;
 }
 MATE_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+MATE_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
 MATE_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
@@ -305,8 +306,11 @@ inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
                    void* stream, const Params& params, bool early = false) {
   const void* function = reinterpret_cast<const void*>(kernel);
   void* arguments[] = {const_cast<Params*>(&params)};
-  cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10) {  // as much a block may have without asking
+    error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
   if (error == cudaSuccess) {
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -59,7 +59,7 @@ inline float fast_log2(float x) { return log2f(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float fast_rsqrt(float x) { return 1.0f / sqrtf(x); }
 
-inline uint32_t float_bits(float x) {
+inline uint32_t to_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   return bits;
@@ -70,7 +70,7 @@ inline float from_bits(uint32_t bits) {
   return x;
 }
 inline uint16_t to_bf16(float x) {
-  const uint32_t bits = float_bits(x);
+  const uint32_t bits = to_bits(x);
   if (x != x) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -82,18 +82,18 @@ inline uint32_t pack_bf16(float low, float high) {
 inline float from_fp16(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  return from_bits(sign | float_bits(from_bits(rest << 13) * 0x1p112f));
+  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
 }
 inline uint16_t to_fp16(float x) {
-  const uint32_t sign = float_bits(x) >> 16 & 0x8000u;
+  const uint32_t sign = to_bits(x) >> 16 & 0x8000u;
   const float magnitude = fabsf(x);
   if (x != x) return 0x7fff;
   if (magnitude >= 65520.0f) return static_cast<uint16_t>(sign | 0x7c00u);
   if (magnitude < 0x1p-14f) {  // counts 2^-24; adding 2^23 rounds to nearest even
     const float counted = magnitude * 0x1p24f + 0x1p23f;
-    return static_cast<uint16_t>(sign | (float_bits(counted) & 0x7fffffu));
+    return static_cast<uint16_t>(sign | (to_bits(counted) & 0x7fffffu));
   }
-  const uint32_t bits = float_bits(magnitude) - (112u << 23);
+  const uint32_t bits = to_bits(magnitude) - (112u << 23);
   return static_cast<uint16_t>(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 

@@ -1,9 +1,14 @@
-// The C interface of the GPU kernels. Everything of kda.h holds, with device pointers; fp16 and
-// bf16 inputs. The values of cu_seqlens stay on the device: sequences are clamped to [0,
-// total_tokens] there.
+// The C interface of the GPU kernels. Everything of kda.h and layer.h holds, with device pointers;
+// fp16 and bf16 inputs, and fp32 where the comments say so. The values of cu_seqlens and of
+// state_indices stay on the device: sequences are clamped to [0, total_tokens] there.
+//
+// What queues work does so on `stream` (a cudaStream_t or musaStream_t) of the current device and
+// returns a mate_status or mate_gpu_status. It allocates nothing, waits for nothing, reads no
+// device memory on the host: a graph can capture it.
 #pragma once
 
 #include "kda.h"
+#include "layer.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,11 +22,21 @@ enum mate_gpu_status {
 // tokens there are; -1: these arguments are not served. Reads no device memory.
 int64_t mate_gpu_kda_workspace(const mate_kda_args* args);
 
-// Queues the forward pass on `stream` (a cudaStream_t or musaStream_t) of the current device and
-// returns a mate_status or mate_gpu_status. Allocates nothing, waits for nothing, reads no device
-// memory on the host: a graph can capture it. `workspace` starts at a multiple of 256 bytes and may
-// be used again once the stream has passed.
+// Queues the forward pass. `workspace` starts at a multiple of 256 bytes and may be used again once
+// the stream has passed.
+//
+// MATE_RECURRENT needs no workspace, takes fp32 inputs too, and all states of one dtype.
+// token_states are its alone.
 int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream);
+
+// Queues a decode step: fp32 inputs too. Two value heads that share a q and k head cost a second,
+// small kernel.
+int32_t mate_gpu_decode_step(const mate_decode_args* args, void* stream);
+
+// Queue what mate_short_conv and mate_gated_norm compute. Of the convolution x and y have one
+// dtype; tokens that belong to no sequence get zeros.
+int32_t mate_gpu_short_conv(const mate_short_conv_args* args, void* stream);
+int32_t mate_gpu_gated_norm(const mate_gated_norm_args* args, void* stream);
 
 // Queues a kernel of one warp that tries what the others rest on: loads and products of 16 x 16
 // bf16 `matrices` (two, one behind the other, at a multiple of 16 bytes), shuffles and functions.
