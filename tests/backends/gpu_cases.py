@@ -110,7 +110,7 @@ def _few(**options: Any) -> Case:
 
 
 def _states(dtype: torch.dtype, **options: Any) -> Case:
-    return _with(_few(**options), initial_state=dtype)
+    return _with(_few(dtype=fp16 if dtype == fp16 else bf16, **options), initial_state=dtype)
 
 
 # Calls of the recurrence token by token.
