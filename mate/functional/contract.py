@@ -26,6 +26,7 @@ class Checked(NamedTuple):
     output: Tensor | None
     scale: float
     num_seqs: int
+    token_states: Tensor | None
 
 
 def _shape(x: Tensor | tuple[int, ...]) -> str:
@@ -96,6 +97,50 @@ def _check_gate(
     _check_tensor("dt_bias", dt_bias, shape, rule, dtypes, device)
 
 
+def _check_indices(
+    state_indices: Tensor,
+    num_seqs: int,
+    initial_state: Tensor | None,
+    final_state: Tensor | None,
+    device: torch.device,
+) -> int:
+    """The number of slots of the pool that the indices point into."""
+    shape, dtypes = (num_seqs,), (torch.int32, torch.int64)
+    _check_tensor("state_indices", state_indices, shape, "[num_seqs]", dtypes, device)
+    if initial_state is None or final_state is not initial_state:
+        got = "another tensor" if final_state is not None else "final_state=None"
+        got = "initial_state=None" if initial_state is None else got
+        raise ValueError(
+            "state_indices needs a pool of states that is updated in place: expected one tensor "
+            f"[slots, Hv, 128, 128] as both initial_state and final_state, got {got}"
+        )
+    if not isinstance(initial_state, Tensor) or not initial_state.dim():
+        return 0  # which the check of initial_state refuses
+    return initial_state.shape[0]
+
+
+def _check_token_states(token_states: Tensor, v: Tensor) -> None:
+    dtypes = (v.dtype, torch.float32)
+    shape, rule = (*v.shape, HEAD_DIM), "[*v.shape, 128]"
+    _check_tensor("token_states", token_states, shape, rule, dtypes, v.device)
+    _check_writable("token_states", token_states)
+    if token_states.stride(-2) != HEAD_DIM and token_states.numel():
+        raise ValueError(
+            "token_states must be contiguous in its last two dimensions, got strides "
+            f"{list(token_states.stride())}"
+        )
+
+
+def check_indices_differ(state_indices: Tensor, slots: int) -> None:
+    """No slot belongs to two sequences, which would overwrite each other. Reads the host."""
+    used = [i for i in state_indices.tolist() if 0 <= i < slots]
+    if len(set(used)) < len(used):
+        twice = next(i for n, i in enumerate(used) if i in used[:n])
+        raise ValueError(
+            f"state_indices must give every sequence a slot of its own, got {twice} twice"
+        )
+
+
 def no_second_derivative(*_: Any) -> Any:
     """The gradient of the operators' backward passes."""
     raise NotImplementedError(
@@ -147,6 +192,8 @@ def check(
     output: Tensor | None,
     final_state: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
+    state_indices: Tensor | None,
+    token_states: Tensor | None,
 ) -> Checked:
     """Everything that can be told without reading a value from a device."""
     for name, x in (("q", q), ("v", v)):
@@ -197,6 +244,9 @@ def check(
                 f"got {_shape(cu_seqlens_cpu)}"
             )
     state_shape, state_rule = (num_seqs, heads, HEAD_DIM, HEAD_DIM), "[num_seqs, Hv, 128, 128]"
+    if state_indices is not None:
+        slots = _check_indices(state_indices, num_seqs, initial_state, final_state, device)
+        state_shape, state_rule = (slots, *state_shape[1:]), "[slots, Hv, 128, 128]"
     state_dtypes: tuple[torch.dtype, ...] = (v.dtype, torch.float32)
     if initial_state is not None:
         _check_tensor("initial_state", initial_state, state_shape, state_rule, state_dtypes, device)
@@ -208,16 +258,22 @@ def check(
     if output is not None:
         _check_tensor("output", output, v.shape, "v.shape", (v.dtype,), device)
         _check_writable("output", output)
-    if output is not None or final_state is not None:
+    if token_states is not None:
+        _check_token_states(token_states, v)
+    if output is not None or final_state is not None or token_states is not None:
         inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias, output, final_state)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*inputs, token_states)
+        ):
             raise ValueError(
-                "output and final_state are overwritten, which autograd cannot follow: leave "
-                "them out where gradients are needed, or call under torch.no_grad()"
+                "output, final_state and token_states are overwritten, which autograd cannot "
+                "follow: leave them out where gradients are needed, or call under torch.no_grad()"
             )
     if q.dim() == 3:
         q, k, v, g, beta = (x.unsqueeze(0) for x in (q, k, v, g, beta))
         output = None if output is None else output.unsqueeze(0)
+        token_states = None if token_states is None else token_states.unsqueeze(0)
     return Checked(
-        q, k, v, g, beta, output, HEAD_DIM**-0.5 if scale is None else float(scale), num_seqs
-    )
+        q, k, v, g, beta, output, HEAD_DIM**-0.5 if scale is None else float(scale), num_seqs,
+        token_states,
+    )  # fmt: skip

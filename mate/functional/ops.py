@@ -1,7 +1,8 @@
 """The operator in torch.library: schemas, fake kernels, autograd.
 
     mate::kda           functional; differentiable
-    mate::kda_out       writes into given tensors; ``resume``: starts from what final_state holds
+    mate::kda_out       writes into given tensors; ``resume``: starts from what final_state holds,
+                        with ``state_indices`` a pool of states
     mate::kda_backward  gradients, opaque to the compiler so that no length is ever unrolled
 
 One implementation serves all devices: it asks :mod:`mate.backends` who takes the call.
@@ -15,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from mate import backends
 from mate.backends.call import KdaCall
-from mate.functional.contract import check_cu_seqlens, no_second_derivative
+from mate.functional.contract import check_cu_seqlens, check_indices_differ, no_second_derivative
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
@@ -28,7 +29,8 @@ _DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bia
 _library = torch.library.Library("mate", "DEF")
 _library.define(f"kda({_INPUTS}, bool output_final_state) -> (Tensor, Tensor)")
 _library.define(
-    f"kda_out({_INPUTS}, bool resume, Tensor(a!) output, Tensor(b!)? final_state) -> ()"
+    f"kda_out({_INPUTS}, bool resume, Tensor(a!) output, Tensor(b!)? final_state, "
+    "Tensor? state_indices, Tensor(c!)? token_states) -> ()"
 )
 _library.define(
     f"kda_backward(Tensor d_output, Tensor d_final_state, {_INPUTS}) -> "
@@ -48,6 +50,9 @@ def _check_values(call: KdaCall) -> None:
                 f"cu_seqlens_cpu must hold cu_seqlens' values {bounds.tolist()}, "
                 f"got {copy.tolist()}"
             )
+    if call.state_indices is not None and call.state_indices.device.type == "cpu":
+        assert call.initial_state is not None
+        check_indices_differ(call.state_indices, call.initial_state.shape[0])
 
 
 def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -60,7 +65,8 @@ def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> N
         x = getattr(call, name)
         if x is not None:
             places.append((name, x, *_place(x)))
-    for name, x in (("output", output), ("final_state", final_state)):
+    written = (output, final_state, call.token_states)
+    for name, x in zip(("output", "final_state", "token_states"), written, strict=True):
         if x is None:
             continue
         begin, end = _place(x)
@@ -107,15 +113,15 @@ def _kda(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _kda_out(*args: Any) -> None:
-    *inputs, resume, output, final_state = args
-    call = KdaCall(*inputs)
-    _check_values(call)
-    _check_apart(call, output, final_state)
+    *inputs, resume, output, final_state, state_indices, token_states = args
+    call = KdaCall(*inputs, state_indices, token_states)
     if resume:
         call.initial_state = final_state
+    _check_values(call)
+    _check_apart(call, output, final_state)
     backends.forward(call, output, final_state)
     # so that autograd sees a graph whose saved tensors were overwritten
-    increment_version([output] if final_state is None else [output, final_state])
+    increment_version([x for x in (output, final_state, token_states) if x is not None])
 
 
 def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -153,7 +159,7 @@ def _kda_backward_fake(d_output: Tensor, d_final: Tensor, *inputs: Any) -> tuple
     return _new_gradients(KdaCall(*inputs))
 
 
-_FIELDS = tuple(KdaCall.__dataclass_fields__)
+_FIELDS = tuple(KdaCall.__dataclass_fields__)[: _INPUTS.count(",") + 1]  # of the schemas
 _TENSORS = tuple(
     name for name in _FIELDS if name in (*_DIFFERENTIABLE, "cu_seqlens", "cu_seqlens_cpu")
 )

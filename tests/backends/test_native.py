@@ -39,13 +39,15 @@ class CTensor(ctypes.Structure):
 class KdaArgs(ctypes.Structure):
     _fields_ = [
         *((name, CTensor) for name in ("q", "k", "v", "g", "beta", "output")),
-        *((name, CTensor) for name in ("initial_state", "final_state")),
+        *((name, CTensor) for name in ("initial_state", "final_state", "token_states")),
+        ("state_indices", c_void_p),
+        ("num_states", c_int64),
         *((name, c_void_p) for name in ("A_log", "dt_bias", "cu_seqlens")),
         *((name, c_int64) for name in ("num_seqs", "seq_len", "total_tokens")),
         *((name, c_int64) for name in ("heads_qk", "heads_v")),
         *((name, c_float) for name in ("scale", "lower_bound")),
-        *((name, c_int32) for name in ("cu_seqlens_is_64bit", "gate", "flags", "algorithm")),
-        ("threads", c_int32),
+        *((name, c_int32) for name in ("cu_seqlens_is_64bit", "state_indices_is_64bit")),
+        *((name, c_int32) for name in ("gate", "flags", "algorithm", "threads")),
     ]
 
 

@@ -31,10 +31,18 @@ def test_opcheck_out_and_backward():
     case = draw(T=17, Hv=4)
     inputs = op_inputs(case, False)
     output, state = torch.zeros(1, 17, 4, 128), torch.zeros(1, 4, 128, 128)
-    torch.library.opcheck(torch.ops.mate.kda_out.default, (*inputs, False, output, state))
+    torch.library.opcheck(torch.ops.mate.kda_out.default, (*inputs, False, output, state, None, None))
     without = list(inputs)
     without[6] = None
-    torch.library.opcheck(torch.ops.mate.kda_out.default, (*without, True, output, state))
+    torch.library.opcheck(
+        torch.ops.mate.kda_out.default, (*without, True, output, state, None, None)
+    )
+    pool, tokens = torch.zeros(3, 4, 128, 128), torch.zeros(1, 17, 4, 128, 128)
+    recurrent = (*without[:-1], True)
+    torch.library.opcheck(
+        torch.ops.mate.kda_out.default,
+        (*recurrent, True, output, pool, torch.tensor([2]), tokens),
+    )
     torch.library.opcheck(torch.ops.mate.kda_backward.default, (output, state, *inputs))
 
 
