@@ -37,7 +37,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
 
 
-def _check_tensor(
+def _check_form(
     name: str,
     x: Tensor,
     shape: tuple[int, ...],
@@ -53,6 +53,17 @@ def _check_tensor(
         raise ValueError(f"{name} must have shape {rule} = {_shape(shape)}, got {_shape(x)}")
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+
+
+def _check_tensor(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    rule: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    _check_form(name, x, shape, rule, dtypes, device)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {x.stride(-1)} "
@@ -106,7 +117,7 @@ def _check_indices(
 ) -> int:
     """The number of slots of the pool that the indices point into."""
     shape, dtypes = (num_seqs,), (torch.int32, torch.int64)
-    _check_tensor("state_indices", state_indices, shape, "[num_seqs]", dtypes, device)
+    _check_form("state_indices", state_indices, shape, "[num_seqs]", dtypes, device)
     if initial_state is None or final_state is not initial_state:
         got = "another tensor" if final_state is not None else "final_state=None"
         got = "initial_state=None" if initial_state is None else got
