@@ -371,9 +371,9 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """
     if call.state_indices is not None:
         assert call.initial_state is not None and final_state is not None
-        states = pool.gather(call.initial_state, call.state_indices)
-        forward(replace(call, initial_state=states, state_indices=None), output, states)
-        return pool.scatter_(final_state, call.state_indices, states)
+        own = pool.gather(call.initial_state, call.state_indices)
+        forward(replace(call, initial_state=own, state_indices=None), output, own)
+        return pool.scatter_(final_state, call.state_indices, own)
     for states, start, end in call.windows():
         S = _first_state(call, states)
         for tokens in _slabs(call, start, end):

@@ -114,7 +114,8 @@ def _kda(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _kda_out(*args: Any) -> None:
     *inputs, resume, output, final_state, state_indices, token_states = args
-    call = KdaCall(*inputs, state_indices, token_states)
+    call = KdaCall(*inputs)
+    call.state_indices, call.token_states = state_indices, token_states
     if resume:
         call.initial_state = final_state
     _check_values(call)
