@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-import mate.functional.ops  # noqa: F401  (registers torch.ops.mate)
+from mate.functional import ops
 from mate.functional.contract import check
+from mate.functional.direct import is_direct
 
 
 def chunk_kda(
@@ -183,8 +184,13 @@ def _kda(
         None if lower_bound is None else float(lower_bound),
         l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent,
     )  # fmt: skip
+    direct = is_direct(
+        q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, A_log, dt_bias, output,
+        final_state, state_indices, token_states,
+    )  # fmt: skip
     if output is None and final_state is None and token_states is None:
-        written, state = torch.ops.mate.kda(*inputs, output_final_state)
+        run = ops.kda if direct else torch.ops.mate.kda
+        written, state = run(*inputs, output_final_state)
     else:
         written, state = call.output, final_state
         if written is None:
@@ -192,6 +198,7 @@ def _kda(
         if state is None and output_final_state:
             dtype = torch.float32 if initial_state is None else initial_state.dtype
             state = v.new_empty((call.num_seqs, v.shape[-2], 128, 128), dtype=dtype)
-        torch.ops.mate.kda_out(*inputs, resume, written, state, state_indices, call.token_states)
+        run = ops.kda_out if direct else torch.ops.mate.kda_out
+        run(*inputs, resume, written, state, state_indices, call.token_states)
     result = output if output is not None else written if v.dim() == 4 else written.squeeze(0)
     return (result, state) if output_final_state else result

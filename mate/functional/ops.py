@@ -60,31 +60,29 @@ def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> N
 
     Views with gaps may lie in turns in the same memory: of these only the beginnings are compared.
     """
-    places = []
-    for name in ("q", "k", "v", "g", "beta", "initial_state"):
-        x = getattr(call, name)
-        if x is not None:
-            places.append((name, x, *_place(x)))
-    written = (output, final_state, call.token_states)
-    for name, x in zip(("output", "final_state", "token_states"), written, strict=True):
+    others = [("q", call.q), ("k", call.k), ("v", call.v), ("g", call.g), ("beta", call.beta)]
+    if call.initial_state is not final_state:
+        others.append(("initial_state", call.initial_state))
+    written = (
+        ("output", output),
+        ("final_state", final_state),
+        ("token_states", call.token_states),
+    )
+    for name, x in written:
         if x is None:
             continue
-        begin, end = _place(x)
-        for other, y, first, last in places:
-            if (
-                begin < last
-                and first < end
-                and not ((name, other) == ("final_state", "initial_state") and _same_elements(x, y))
-            ):
+        begin = x.data_ptr()
+        end = _end(x, begin)
+        for other, y in others:
+            if y is None or (first := y.data_ptr()) >= end or _end(y, first) <= begin:
+                continue
+            if not (name == "final_state" and other == "initial_state" and _same_elements(x, y)):
                 raise ValueError(f"{name} must not overlap {other}: both lie in the same memory")
-        places.append((name, x, begin, end))
+        others.append((name, x))
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    begin = x.data_ptr()
-    if x.is_contiguous():
-        return begin, begin + x.nbytes
-    return begin, begin + min(1, x.numel())
+def _end(x: Tensor, begin: int) -> int:
+    return begin + (x.nbytes if x.is_contiguous() else min(1, x.numel()))
 
 
 def _same_elements(x: Tensor, y: Tensor) -> bool:
@@ -103,7 +101,7 @@ def _new_outputs(call: KdaCall, output_final_state: bool) -> tuple[Tensor, Tenso
     return output, _state_like(call) if output_final_state else output.new_empty(0)
 
 
-def _kda(*args: Any) -> tuple[Tensor, Tensor]:
+def kda(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, output_final_state = args
     call = KdaCall(*inputs)
     _check_values(call)
@@ -112,7 +110,7 @@ def _kda(*args: Any) -> tuple[Tensor, Tensor]:
     return output, final_state
 
 
-def _kda_out(*args: Any) -> None:
+def kda_out(*args: Any) -> None:
     *inputs, resume, output, final_state, state_indices, token_states = args
     call = KdaCall(*inputs)
     call.state_indices, call.token_states = state_indices, token_states
@@ -122,7 +120,9 @@ def _kda_out(*args: Any) -> None:
     _check_apart(call, output, final_state)
     backends.forward(call, output, final_state)
     # so that autograd sees a graph whose saved tensors were overwritten
-    increment_version([x for x in (output, final_state, token_states) if x is not None])
+    for x in (output, final_state, token_states):
+        if x is not None:
+            increment_version(x)
 
 
 def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -181,8 +181,8 @@ def _autograd(ctx: Any, d_output: Tensor, d_final_state: Tensor) -> tuple[Any, .
 
 
 for _name, _function, _fake in (
-    ("kda", _kda, _kda_fake),
-    ("kda_out", _kda_out, _kda_out_fake),
+    ("kda", kda, _kda_fake),
+    ("kda_out", kda_out, _kda_out_fake),
     ("kda_backward", _kda_backward, _kda_backward_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
