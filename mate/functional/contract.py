@@ -220,29 +220,31 @@ def check(
     for name, x in (("q", q), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if q.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"q must be {_names(FLOAT_DTYPES)}, got {q.dtype}")
-    varlen, device = cu_seqlens is not None, q.device
+    dtype, device, q_shape, v_shape = q.dtype, q.device, q.shape, v.shape
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q must be {_names(FLOAT_DTYPES)}, got {dtype}")
+    varlen, rank = cu_seqlens is not None, len(q_shape)
     rule = "[S, Hqk, 128] or [1, S, Hqk, 128] with cu_seqlens" if varlen else "[B, T, Hqk, 128]"
-    rank_fits = q.dim() == 4 or (varlen and q.dim() == 3)
-    if not rank_fits or (varlen and q.dim() == 4 and q.shape[0] != 1):
-        packed = "; for packed sequences pass cu_seqlens" if q.dim() == 3 and not varlen else ""
+    rank_fits = rank == 4 or (varlen and rank == 3)
+    if not rank_fits or (varlen and rank == 4 and q_shape[0] != 1):
+        packed = "; for packed sequences pass cu_seqlens" if rank == 3 and not varlen else ""
         raise ValueError(f"q must have shape {rule}, got {_shape(q)}{packed}")
-    if q.shape[-1] != HEAD_DIM:
-        raise ValueError(f"q must have head dimension 128, got {q.shape[-1]} in {_shape(q)}")
-    if v.dim() != q.dim() or v.shape[:-2] != q.shape[:-2] or v.shape[-1] != HEAD_DIM:
+    if q_shape[-1] != HEAD_DIM:
+        raise ValueError(f"q must have head dimension 128, got {q_shape[-1]} in {_shape(q)}")
+    if len(v_shape) != rank or v_shape[:-2] != q_shape[:-2] or v_shape[-1] != HEAD_DIM:
         raise ValueError(
             f"v must have shape {rule.replace('Hqk', 'Hv')} with q's leading dimensions "
-            f"{_shape(q.shape[:-2])}, got {_shape(v)}"
+            f"{_shape(q_shape[:-2])}, got {_shape(v)}"
         )
-    heads_qk, heads = q.shape[-2], v.shape[-2]
+    heads_qk, heads = q_shape[-2], v_shape[-2]
     if heads_qk == 0 or heads == 0 or heads % heads_qk:
         raise ValueError(f"Hv must be a positive multiple of Hqk, got Hv={heads}, Hqk={heads_qk}")
-    _check_tensor("q", q, q.shape, rule, (q.dtype,), device)
-    _check_tensor("k", k, q.shape, "q.shape", (q.dtype,), device)
-    _check_tensor("v", v, v.shape, "v.shape", (q.dtype,), device)
-    _check_tensor("g", g, v.shape, "v.shape", (q.dtype, torch.float32), device)
-    _check_tensor("beta", beta, v.shape[:-1], "v.shape[:-1]", (q.dtype, torch.float32), device)
+    own, own_or_fp32 = (dtype,), (dtype, torch.float32)
+    _check_tensor("q", q, q_shape, rule, own, device)
+    _check_tensor("k", k, q_shape, "q.shape", own, device)
+    _check_tensor("v", v, v_shape, "v.shape", own, device)
+    _check_tensor("g", g, v_shape, "v.shape", own_or_fp32, device)
+    _check_tensor("beta", beta, v_shape[:-1], "v.shape[:-1]", own_or_fp32, device)
     _check_gate(A_log, dt_bias, lower_bound, heads, device)
     if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
@@ -251,7 +253,7 @@ def check(
             "allow_neg_eigval doubles the sigmoid of beta and needs use_beta_sigmoid_in_kernel="
             "True; with a pre-computed beta, pass 2 * beta instead"
         )
-    num_seqs = q.shape[0]
+    num_seqs = q_shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens_form(cu_seqlens, "cu_seqlens", device)
         num_seqs = cu_seqlens.shape[0] - 1
@@ -268,29 +270,28 @@ def check(
     if state_indices is not None:
         slots = _check_indices(state_indices, num_seqs, initial_state, final_state, device)
         state_shape, state_rule = (slots, *state_shape[1:]), "[slots, Hv, 128, 128]"
-    state_dtypes: tuple[torch.dtype, ...] = (v.dtype, torch.float32)
     if initial_state is not None:
-        _check_tensor("initial_state", initial_state, state_shape, state_rule, state_dtypes, device)
+        _check_tensor("initial_state", initial_state, state_shape, state_rule, own_or_fp32, device)
     if final_state is not None:
-        if initial_state is not None:
-            state_dtypes = (initial_state.dtype,)
-        _check_tensor("final_state", final_state, state_shape, state_rule, state_dtypes, device)
+        if initial_state is not final_state:
+            allowed = own_or_fp32 if initial_state is None else (initial_state.dtype,)
+            _check_tensor("final_state", final_state, state_shape, state_rule, allowed, device)
         _check_writable("final_state", final_state)
     if output is not None:
-        _check_tensor("output", output, v.shape, "v.shape", (v.dtype,), device)
+        _check_tensor("output", output, v_shape, "v.shape", own, device)
         _check_writable("output", output)
     if token_states is not None:
         _check_token_states(token_states, v)
-    if output is not None or final_state is not None or token_states is not None:
-        inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias, output, final_state)
-        if torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (*inputs, token_states)
-        ):
+    overwrites = output is not None or final_state is not None or token_states is not None
+    if overwrites and torch.is_grad_enabled():
+        inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+        written = (output, final_state, token_states)
+        if any(x is not None and x.requires_grad for x in (*inputs, *written)):
             raise ValueError(
                 "output, final_state and token_states are overwritten, which autograd cannot "
                 "follow: leave them out where gradients are needed, or call under torch.no_grad()"
             )
-    if q.dim() == 3:
+    if rank == 3:
         q, k, v, g, beta = (x.unsqueeze(0) for x in (q, k, v, g, beta))
         output = None if output is None else output.unsqueeze(0)
         token_states = None if token_states is None else token_states.unsqueeze(0)

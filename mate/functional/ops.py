@@ -74,7 +74,9 @@ def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> N
         begin = x.data_ptr()
         end = _end(x, begin)
         for other, y in others:
-            if y is None or (first := y.data_ptr()) >= end or _end(y, first) <= begin:
+            if y is None or (first := y.data_ptr()) >= end or first + y.nbytes <= begin:
+                continue
+            if _end(y, first) <= begin:
                 continue
             if not (name == "final_state" and other == "initial_state" and _same_elements(x, y)):
                 raise ValueError(f"{name} must not overlap {other}: both lie in the same memory")
@@ -120,9 +122,7 @@ def kda_out(*args: Any) -> None:
     _check_apart(call, output, final_state)
     backends.forward(call, output, final_state)
     # so that autograd sees a graph whose saved tensors were overwritten
-    for x in (output, final_state, token_states):
-        if x is not None:
-            increment_version(x)
+    increment_version([x for x in (output, final_state, token_states) if x is not None])
 
 
 def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
