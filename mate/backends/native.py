@@ -126,15 +126,17 @@ def index_fields(indices: Tensor | None, pool: Tensor | None) -> tuple[int, int]
     return indices.data_ptr(), pool.shape[0]
 
 
-def _fp32(x: Tensor | None) -> Tensor | None:
-    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+def fp32(x: Tensor) -> Tensor:
+    """x contiguous and in fp32; itself where it is already."""
+    if x.dtype == torch.float32 and x.is_contiguous():
         return x
     return x.float().contiguous()
 
 
 def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[bytes, Any]:
     """The ``mate_kda_args`` of a call, and tensors made for it, to be kept until it returns."""
-    A_log, dt_bias = _fp32(call.A_log), _fp32(call.dt_bias)
+    A_log = None if call.A_log is None else fp32(call.A_log)
+    dt_bias = None if call.dt_bias is None else fp32(call.dt_bias)
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     indices = None if call.state_indices is None else call.state_indices.contiguous()
     gate = GATE_LOG_DECAY

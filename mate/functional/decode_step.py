@@ -14,8 +14,13 @@ from mate.backends import native, native_layer, pool
 from mate.backends.call import KdaCall
 from mate.functional import gated_norm, short_conv
 from mate.functional.contract import check_indices_differ
+from mate.functional.direct import is_direct
 
 HEAD_DIM = 128
+_TENSORS = (
+    *("q", "k", "v", "g", "beta", "output_gate", "conv_state", "state"),
+    *("q_weight", "k_weight", "v_weight", "A_log", "dt_bias", "norm_weight"),
+)
 
 
 def kda_decode_step(
@@ -83,9 +88,11 @@ def kda_decode_step(
         q, k, v, g, beta, output_gate, conv_state, state,
         q_weight, k_weight, v_weight, A_log, dt_bias, norm_weight,
     )  # fmt: skip
-    _check(*tensors, state_indices)
+    _check(*tensors, state_indices=state_indices)
     options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first, state_indices)
-    return torch.ops.mate.kda_decode_step(*tensors, *options)
+    direct = is_direct(*tensors, state_indices)
+    run = _kda_decode_step if direct else torch.ops.mate.kda_decode_step
+    return run(*tensors, *options)
 
 
 def _check(
@@ -97,56 +104,45 @@ def _check(
     output_gate: Tensor,
     conv_state: Tensor,
     state: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
+    *weights: Tensor,
     state_indices: Tensor | None,
 ) -> None:
-    batch, keys, values, width = q.shape[0], q.shape[-1], v.shape[-1], q_weight.shape[-1]
+    """``weights``: as named in ``_TENSORS``."""
+    dtype, q_shape, v_shape, width = q.dtype, q.shape, v.shape, weights[0].shape[-1]
+    batch, keys, values = q_shape[0], q_shape[-1], v_shape[-1]
     slots = batch if state_indices is None else state.shape[0] if state.dim() else 0
-    middle = tuple(v.shape[1:-1])
-    rows, heads = (batch, *middle), values // HEAD_DIM
+    middle, on_cpu = tuple(v_shape[1:-1]), q.is_cpu
+    heads = values // HEAD_DIM
     if middle not in ((), (1,)) or keys % HEAD_DIM or not keys or values % keys:
         raise ValueError(
             "q and v must be [B, Hqk * 128] and [B, Hv * 128], Hv a multiple of Hqk, got shapes "
             f"{tuple(q.shape)} and {tuple(v.shape)}"
         )
-    for name, x, shape in (
-        ("q", q, (*rows, keys)),
-        ("k", k, (*rows, keys)),
-        ("v", v, (*rows, values)),
-        ("g", g, (*rows, values)),
-        ("beta", beta, (*rows, heads)),
-        ("output_gate", output_gate, (*rows, values)),
-        ("conv_state", conv_state, (slots, 2 * keys + values, width)),
-        ("state", state, (slots, heads, HEAD_DIM, HEAD_DIM)),
-        ("q_weight", q_weight, (keys, width)),
-        ("k_weight", k_weight, (keys, width)),
-        ("v_weight", v_weight, (values, width)),
-        ("A_log", A_log, (heads,)),
-        ("dt_bias", dt_bias, (values,)),
-        ("norm_weight", norm_weight, (HEAD_DIM,)),
-    ):
+    key_rows, value_rows = (batch, *middle, keys), (batch, *middle, values)
+    shapes = (
+        *(key_rows, key_rows, value_rows, value_rows, (batch, *middle, heads), value_rows),
+        *((slots, 2 * keys + values, width), (slots, heads, HEAD_DIM, HEAD_DIM)),
+        *((keys, width), (keys, width), (values, width), (heads,), (values,), (HEAD_DIM,)),
+    )
+    tensors = (q, k, v, g, beta, output_gate, conv_state, state, *weights)
+    for name, x, shape in zip(_TENSORS, tensors, shapes, strict=True):
         if x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(x.shape)}")
-        if not x.is_cpu:
-            raise ValueError(f"{name} must be on a CPU, got {x.device}")
+        if x.is_cpu != on_cpu or (not on_cpu and x.device != q.device):
+            raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
     if state_indices is not None:
         _check_indices(state_indices, batch, q.device)
     for name, x in (("conv_state", conv_state), ("state", state)):
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
-    if q.dtype not in native.DTYPE_CODES:
-        raise TypeError(f"q must be fp16, bf16 or fp32, got {q.dtype}")
+    if dtype not in native.DTYPE_CODES:
+        raise TypeError(f"q must be fp16, bf16 or fp32, got {dtype}")
     for name, x in (("k", k), ("v", v), ("conv_state", conv_state)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
     for name, x in (("g", g), ("beta", beta), ("output_gate", output_gate), ("state", state)):
-        if x.dtype not in (q.dtype, torch.float32):
-            raise TypeError(f"{name} must be {q.dtype} or torch.float32, got {x.dtype}")
+        if x.dtype != dtype and x.dtype != torch.float32:
+            raise TypeError(f"{name} must be {dtype} or torch.float32, got {x.dtype}")
 
 
 def _check_indices(state_indices: Tensor, batch: int, device: torch.device) -> None:
@@ -168,13 +164,13 @@ def _kda_decode_step(*args: Any) -> Tensor:
     if state_indices is not None and state_indices.is_cpu:
         check_indices_differ(state_indices, tensors[7].shape[0])
     v, weights = tensors[2], (*tensors[8:11], tensors[13])
-    A_log, dt_bias = (x.float().contiguous() for x in tensors[11:13])
+    A_log, dt_bias = native.fp32(tensors[11]), native.fp32(tensors[12])
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     width = weights[0].shape[-1]
     increment_version(tensors[6:8])  # so that autograd sees what was overwritten
     if width > native_layer.MAX_CONV_WIDTH or not native_layer.serves(*tensors[:11], tensors[13]):
         return output.copy_(_step_by_step(*args))
-    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:6])
+    rows = (x if x.stride()[-1] == 1 else x.contiguous() for x in tensors[:6])
     native_layer.decode_step(
         (*rows, output, tensors[6]),
         tuple(x.contiguous() for x in weights),

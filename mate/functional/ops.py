@@ -60,6 +60,7 @@ def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> N
 
     Views with gaps may lie in turns in the same memory: of these only the beginnings are compared.
     """
+    others: list[tuple[str, Tensor | None]]
     others = [("q", call.q), ("k", call.k), ("v", call.v), ("g", call.g), ("beta", call.beta)]
     if call.initial_state is not final_state:
         others.append(("initial_state", call.initial_state))

@@ -46,7 +46,7 @@ WRONG = {
     "state": (lambda x: x.double(), TypeError, r"state must be torch.float32 .*got torch.float64"),
     "q_weight": (lambda x: x[:, :3], ValueError, r"conv_state must be \[2, 640, 3\]"),
     "v_weight": (lambda x: x[1:], ValueError, r"v_weight must be \[384, 4\].*\(383, 4\)"),
-    "A_log": (lambda x: x.to("meta"), ValueError, r"A_log must be on a CPU, got meta"),
+    "A_log": (lambda x: x.to("meta"), ValueError, r"A_log must be on cpu like q, got meta"),
     "dt_bias": (lambda x: x[1:], ValueError, r"dt_bias must be \[384\].*\(383,\)"),
     "norm_weight": (lambda x: x[None], ValueError, r"norm_weight must be \[128\].*\(1, 128\)"),
 }
