@@ -198,7 +198,7 @@ def _kda(
         if state is None and output_final_state:
             dtype = torch.float32 if initial_state is None else initial_state.dtype
             state = v.new_empty((call.num_seqs, v.shape[-2], 128, 128), dtype=dtype)
-        run = ops.kda_out if direct else torch.ops.mate.kda_out
-        run(*inputs, resume, written, state, state_indices, call.token_states)
+        write = ops.kda_out if direct else torch.ops.mate.kda_out
+        write(*inputs, resume, written, state, state_indices, call.token_states)
     result = output if output is not None else written if v.dim() == 4 else written.squeeze(0)
     return (result, state) if output_final_state else result
