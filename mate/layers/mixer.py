@@ -106,7 +106,7 @@ class DeltaMixer:
         """q, k and v before their convolutions, the gate's input, beta, the output gate."""
         (f_down, f_up), (g_down, g_up) = self.low_rank_gates()
         fused = self._fused
-        if fused is not None and not _needs_modules(x):
+        if fused is not None and not _needs_modules():
             linears = self._input_projections(f_down, g_down)
             if not fused.holds(linears):
                 self._fused = None
@@ -376,11 +376,11 @@ def _longest(x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None
     return int((cu_seqlens_cpu[1:] - cu_seqlens_cpu[:-1]).max())
 
 
-def _needs_modules(x: Tensor) -> bool:
+def _needs_modules() -> bool:
     """Whether a projection must be its module's own call: for gradients, casts, the compiler."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
-    return torch.is_autocast_enabled(x.device.type)
+    return torch._C._is_any_autocast_enabled()
 
 
 def _is_frozen(state: Tensor) -> bool:

@@ -248,24 +248,27 @@ def test_errors_of_a_pool() -> None:
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a GPU would have to be waited for, on tensors of any device."""
+    """Fails where the host would wait for a GPU, had the tensors of ``device`` been there."""
 
-    forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "unique", "masked_select")
+    forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "masked_select")
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__.rstrip("_0123456789")
-        assert name not in self.forbidden and "unique" not in name, f"{name} waits for the device"
-        if func.overloadpacket is torch.ops.aten._to_copy:
-            to = (kwargs or {}).get("device")
-            assert to is None or to == args[0].device, "a copy between devices"
-        if func.overloadpacket is torch.ops.aten.index:
-            indices = [i for i in args[1] if i is not None]
-            assert not any(i.dtype in (torch.bool, torch.uint8) for i in indices), "a mask as index"
+        there = [x for x in args if isinstance(x, Tensor) and x.device.type == self.device]
+        name = func.overloadpacket.__name__
+        if there:
+            assert name not in self.forbidden and "unique" not in name, f"{name} waits"
+        if there and name in ("_to_copy", "copy_"):
+            devices = {x.device for x in args if isinstance(x, Tensor)}
+            devices.add((kwargs or {}).get("device") or there[0].device)
+            assert len(devices) == 1, "a copy between devices waits"
+        if there and name in ("index", "index_put_"):
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not masks, "a mask as index waits"
         return func(*args, **(kwargs or {}))
-
-
-def meta(x):
-    return x.to("meta") if isinstance(x, Tensor) else x
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -274,22 +277,19 @@ def test_the_layer_reads_nothing_from_a_device(fused: bool) -> None:
     layer = make_layer().to("meta")
     if fused:
         layer.fuse_projections()
-    bounds, mask = torch.tensor([0, 1, 1, 8]), torch.ones(2, 4, dtype=torch.int64)
     states = StatePool.for_model(layer, slots=6)
-    x, row = torch.randn(2, 4, HIDDEN), torch.randn(1, 8, HIDDEN)
-    slots = [meta(torch.tensor(s)) for s in ([3, 1], [5, 0, -1])]
-    for dense, varlen in (
-        (KDACache(), KDACache()),
-        (states.batch(slots[0]), states.batch(slots[1])),
-    ):
-        with torch.no_grad(), NoHostReads():
+    on_host = torch.tensor([0, 1, 1, 8])
+    bounds, mask = on_host.to("meta"), torch.ones(2, 4, dtype=torch.int64, device="meta")
+    x, row = (torch.randn(*shape, HIDDEN, device="meta") for shape in ((2, 4), (1, 8)))
+    two, three = (states.batch(torch.tensor(s).to("meta")) for s in ([3, 1], [5, 0, -1]))
+    for dense, varlen in ((KDACache(), KDACache()), (two, three)):
+        with torch.no_grad(), NoHostReads("meta"):
             for _ in range(2):  # into an empty cache, and on
                 for length in (4, 1):
-                    y = layer(meta(x[:, :length]), cache=dense)
-                    assert y.shape == (2, length, HIDDEN)
-                layer(meta(x), meta(mask), cache=dense)
-                layer(meta(row), cache=varlen, cu_seqlens=meta(bounds))
-                layer(meta(row), cache=varlen, cu_seqlens=meta(bounds), cu_seqlens_cpu=bounds)
+                    assert layer(x[:, :length], cache=dense).shape == (2, length, HIDDEN)
+                layer(x, mask, cache=dense)
+                layer(row, cache=varlen, cu_seqlens=bounds)
+                layer(row, cache=varlen, cu_seqlens=bounds, cu_seqlens_cpu=on_host)
 
 
 def test_the_parts_in_pytorch_read_nothing_from_a_device() -> None:
@@ -303,7 +303,7 @@ def test_the_parts_in_pytorch_read_nothing_from_a_device() -> None:
         True, True, False, True, True, slots, torch.empty(3, 5, 2, 128, 128),
     )  # fmt: skip
     x, bounds = torch.randn(1, 9, 6), torch.tensor([0, 4, 4, 9])
-    with NoHostReads():
+    with NoHostReads("cpu"):
         pytorch.forward(call, torch.empty_like(v), states)
         windows = pool.gather(torch.randn(6, 6, 4), slots)
         short_conv.in_pytorch(x, torch.randn(6, 4), windows, bounds, True)
@@ -311,7 +311,7 @@ def test_the_parts_in_pytorch_read_nothing_from_a_device() -> None:
         documents.pack(keep, keep_shape=True)
     assert torch.equal(states[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
     assert not torch.equal(states[4], before[4]) and not torch.equal(states[0], before[0])
-    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits"), NoHostReads("cpu"):
         bool(torch.ones(1))  # the mode sees what it is to see
 
 
