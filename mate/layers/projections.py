@@ -47,9 +47,11 @@ class FusedProjections:
         """Whether the layers' weights are still the slices."""
         for linear, part in zip(linears, self.slices, strict=True):
             weight = linear._parameters.get("weight")
-            if type(weight) is not nn.Parameter or weight.dtype != part.dtype:
+            if type(weight) is not nn.Parameter or weight.data_ptr() != part.data_ptr():
                 return False
-            if weight.device != part.device or not weight.is_set_to(part):
+            if weight.shape != part.shape or weight.dtype != part.dtype:
+                return False
+            if not weight.is_contiguous():
                 return False
         return True
 
