@@ -15,16 +15,17 @@ def is_direct(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if (
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
         return False
-    if tensors[0] is not None and tensors[0].is_meta:
+    first = tensors[0]
+    if not _PLAIN.issuperset(map(type, tensors)) or first is None or first.is_meta:
         return False
-    # Under these other functions see the operator, or are to record it.
-    return (
-        _PLAIN.issuperset(map(type, tensors))
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-    )
+    if not torch.is_grad_enabled():
+        return True
+    return not any(x is not None and x.requires_grad for x in tensors)

@@ -243,7 +243,11 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
         return DecodeWeights(convs, norm.weight, norm.eps)
 
     def low_rank_gates(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        return (self.f_a_proj, self.f_b_proj), (self.g_a_proj, self.g_b_proj)
+        modules: Any = self._modules  # nn.Module's attribute look-up takes longer
+        return (
+            (modules["f_a_proj"], modules["f_b_proj"]),
+            (modules["g_a_proj"], modules["g_b_proj"]),
+        )
 
     def decay_parameters(self) -> tuple[Tensor, Tensor]:
         return self.A_log, self.dt_bias

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mate.backends import pool
 from mate.functional import chunk_kda, recurrent_kda
@@ -92,7 +92,9 @@ class DeltaMixer:
 
     def _input_projections(self, f_down: Any, g_down: Any) -> list[Any]:
         """What reads the hidden state; the small one last, where it spoils no alignment."""
-        return [self.q_proj, self.k_proj, self.v_proj, f_down, g_down, self.b_proj]
+        modules: Any = self._modules  # type: ignore[attr-defined]  # faster than nn.Module's own
+        q, k, v, b = (modules[f"{name}_proj"] for name in "qkvb")
+        return [q, k, v, f_down, g_down, b]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What .to comes down to: gives each parameter memory of its own."""
@@ -108,11 +110,11 @@ class DeltaMixer:
         fused = self._fused
         if fused is not None and not _needs_modules():
             linears = self._input_projections(f_down, g_down)
-            if not fused.holds(linears):
-                self._fused = None
-            elif all(is_plain(linear, nn.Linear) for linear in linears):
+            if fused.serves(linears):
                 q, k, v, f, g, beta = fused.product(x)
                 return [q, k, v], f_up(f), beta, g_up(g)
+            if not fused.holds(linears):
+                self._fused = None
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         return streams, f_up(f_down(x)), self.b_proj(x), g_up(g_down(x))
 
@@ -247,7 +249,8 @@ class DeltaMixer:
             return None
         if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[1]:
             return None
-        if any(y.dtype not in (x.dtype, torch.float32) for y in (state, *rows[3:])):
+        allowed = (x.dtype, torch.float32)
+        if any(y.dtype not in allowed for y in (state, *rows[3:])):
             return None
         q, k, v, g, beta, gate = rows
         q_weight, k_weight, v_weight = weights.convs

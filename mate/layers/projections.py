@@ -29,9 +29,10 @@ class FusedProjections:
         self.rows = [weight.shape[0] for weight in weights]
         with torch.inference_mode(False), torch.no_grad():
             self.matrix = torch.cat([weight.detach() for weight in weights])
-            self.slices = list(self.matrix.split(self.rows))
-            for weight, part in zip(weights, self.slices, strict=True):
+            for weight, part in zip(weights, self.matrix.split(self.rows), strict=True):
                 weight.data = part
+        self.places = [weight.data_ptr() for weight in weights]
+        self.shapes = [weight.shape for weight in weights]
 
     @staticmethod
     def possible(linears: Sequence[Any]) -> bool:
@@ -45,15 +46,24 @@ class FusedProjections:
 
     def holds(self, linears: Sequence[Any]) -> bool:
         """Whether the layers' weights are still the slices."""
-        for linear, part in zip(linears, self.slices, strict=True):
+        for linear, place, shape in zip(linears, self.places, self.shapes, strict=True):
             weight = linear._parameters.get("weight")
-            if type(weight) is not nn.Parameter or weight.data_ptr() != part.data_ptr():
+            if type(weight) is not nn.Parameter or weight.data_ptr() != place:
                 return False
-            if weight.shape != part.shape or weight.dtype != part.dtype:
+            if weight.shape != shape or weight.dtype != self.matrix.dtype:
                 return False
             if not weight.is_contiguous():
                 return False
         return True
+
+    def serves(self, linears: Sequence[Any]) -> bool:
+        """Whether a product stands for calling the layers."""
+        plain = all(
+            type(x) is nn.Linear
+            and not (x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__)
+            for x in linears
+        )
+        return plain and not _has_any_global_hook() and self.holds(linears)
 
     def product(self, x: Tensor) -> tuple[Tensor, ...]:
         """What the layers make of x, as views of one result."""
