@@ -47,7 +47,7 @@ def test_nothing_else_is():
     assert not is_direct(x, x.as_subclass(Subclass))
     assert not torch.func.vmap(lambda row: torch.tensor(is_direct(row)))(x[None]).item()
     found = []
-    torch.jit.trace(lambda row: found.append(is_direct(row)) or row + 1, x)
+    torch.jit.trace(lambda row: found.append(is_direct(row)) or row + 1, x, check_trace=False)
     with torch.device("cpu"):
         found.append(is_direct(x))
     with Passing():

@@ -4,7 +4,9 @@ import copy
 import gc
 import io
 import random
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -511,3 +513,12 @@ def test_fusing_in_inference_mode() -> None:
 def test_fusing_a_model() -> None:
     assert fuse_projections(TwoLayers()) == 2
     assert fuse_projections(nn.Linear(1, 1)) == 0
+
+
+@pytest.mark.parametrize("page", ["serving.md", "operator.md"])
+def test_the_documentation_runs(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert snippets
+    for code in snippets:
+        exec(compile(code, page, "exec"), {})
