@@ -269,7 +269,7 @@ def main() -> int:
 
     hidden, layer_heads = (256, 2) if args.quick else (2304, 32)
     kernels, lengths = max(1, len(ISAS)), len(ours) + 2 * len(theirs)
-    timed = 2 * (kernels + 5) + 2 * 3 + 12 + 2 * 2 * len(ISAS) + 2 * 3 + 2 * 3
+    timed = 2 * (kernels + 5) + 2 * 3 + 12 + 2 * 2 * len(ISAS) + 2 * 4 + 2 * 3
     steps = 16 + 2 + kernels + timed * (rounds + 1) + lengths * (rounds_long + 1)
     with torch.inference_mode(), tqdm(total=steps, leave=False, disable=None) as progress:
         errors, right = verify(300, progress)

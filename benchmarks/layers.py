@@ -1,5 +1,6 @@
 """Whole layers for the benchmarks: mate's, transformers', and the products that both contain."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDelta
 from mate.layers import KDACache, KimiDeltaAttention
 
 THEIRS, OURS, PRODUCTS = "transformers' layer", "mate's layer", "its matrix products alone"
+FUSED = "mate's layer, projections fused"
 PROMPT = 8  # tokens in the caches before a step is timed
 
 
@@ -60,15 +62,20 @@ def prefill_paths(
 
 
 def decode_paths(hidden: int, heads: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """One step of each layer on a cache of its own."""
+    """One step of each layer on a cache of its own, and of ours with fused projections."""
     ours, theirs, config = layers(hidden, heads, dtype)
     prompt = torch.randn(1, PROMPT, hidden, dtype=dtype)
     x = torch.randn(1, 1, hidden, dtype=dtype)
-    our_cache, their_cache = KDACache(), DynamicCache(config=config)
+    fused = copy.deepcopy(ours)
+    if not fused.fuse_projections():
+        raise RuntimeError("the projections cannot be fused")
+    our_cache, fused_cache, their_cache = KDACache(), KDACache(), DynamicCache(config=config)
     ours(prompt, cache=our_cache)
+    fused(prompt, cache=fused_cache)
     theirs(prompt, cache_params=their_cache)
     return {
         THEIRS: lambda: theirs(x, cache_params=their_cache),
         OURS: lambda: ours(x, cache=our_cache),
+        FUSED: lambda: fused(x, cache=fused_cache),
         PRODUCTS: products(ours, x),
     }

@@ -160,15 +160,40 @@ def draw(number: int) -> tuple[dict[str, Any], dict[str, Any], Buffers]:
     elif way < 0.7:
         kind = tensors["initial_state"].dtype if "initial_state" in tensors else state_dtype
         outputs["final_state"] = buffers.output((N, Hv, D, D), kind)
+    if way < 0.15 and "initial_state" in tensors:
+        pool, tensors["state_indices"] = into_pool(tensors["initial_state"], rng)
+        tensors["initial_state"] = outputs["final_state"] = buffers.input(pool)
     about = {
         "operator": pick(("chunk_kda", "recurrent_kda")),
         "isa": pick(isas()),
         "threads": pick((1, 2)),
         **dict(dtype=dtype, B=B, T=T, Hqk=Hqk, Hv=Hv, lens=lens, gate=gate, regime=regime),
         **dict(cosine=cosine, **options, wide=sorted(wide), given=sorted(outputs)),
+        "slots": tensors["state_indices"].tolist() if "state_indices" in tensors else None,
         "state": tensors["initial_state"].dtype if "initial_state" in tensors else None,
     }
     return about, {**tensors, **options, **outputs}, buffers
+
+
+def into_pool(states: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """A pool of states, NaN where no sequence has its own, and the slots; some lie outside."""
+    count = len(states)
+    size = count + rng.randint(0, 2)
+    slots = rng.sample(range(size), count)
+    slots = [rng.choice((-1, size, -(2**31))) if rng.random() < 0.3 else i for i in slots]
+    pool = states.new_full((size, *states.shape[1:]), torch.nan)
+    for state, slot in zip(states, slots, strict=True):
+        if 0 <= slot < size:
+            pool[slot] = state
+    return pool, torch.tensor(slots, dtype=rng.choice((torch.int32, torch.int64)))
+
+
+def own_states(pool: Tensor, slots: Tensor) -> Tensor:
+    """Each sequence's state, zeros for those outside the pool."""
+    inside = [0 <= i < len(pool) for i in slots.tolist()]
+    own = pool.new_zeros(len(slots), *pool.shape[1:])
+    own[inside] = pool[slots.long()[inside]]
+    return own
 
 
 def run(number: int) -> tuple[float, float]:
@@ -176,7 +201,14 @@ def run(number: int) -> tuple[float, float]:
     about, arguments, buffers = draw(number)
     torch.set_num_threads(1)
     inputs = {k: v for k, v in arguments.items() if k not in ("output", "final_state")}
-    expected = kda_reference(**inputs)  # before the call, which may write its state in place
+    reference, slots = dict(inputs), inputs.get("state_indices")
+    if slots is not None:
+        pool = inputs["initial_state"]
+        reference["initial_state"], before = (
+            own_states(pool, reference.pop("state_indices")),
+            pool.clone(),
+        )
+    expected = kda_reference(**reference)  # before the call, which may write its state in place
     kept = {
         k: v.clone()
         for k, v in inputs.items()
@@ -192,6 +224,12 @@ def run(number: int) -> tuple[float, float]:
     buffers.check_guards()
     for name, x in kept.items():
         assert torch.equal(x, inputs[name]), f"{name} was modified"
+    if slots is not None:
+        inside = [0 <= i < len(pool) for i in slots.tolist()]
+        used = slots.long()[inside]
+        expected, state = (expected[0], expected[1][inside]), pool[used].clone()
+        before[used] = pool[used]
+        assert torch.equal(before.nan_to_num(7.5), pool.nan_to_num(7.5)), "another slot was written"
     bounds = list(BOUNDS[about["dtype"]][:2])
     if about["dtype"] != torch.float32 and about["cosine"]:
         bounds = [CORRELATED[about["cosine"]]] * 2

@@ -266,8 +266,8 @@ static void load_panels(const mate_kda_args& args, const WorkItem& item, int64_t
   for (int column = item.column_begin; column < item.column_end; column += kPanel) {
     const Block panel = {out, MATE_FLOAT32, kPanel};
     out += kDim * kPanel;
-    if (args.initial_state.data) {
-      const Block from = state_block(args, args.initial_state, item.sequence, head, column);
+    if (has_state(args.initial_state, item)) {
+      const Block from = state_block(args, args.initial_state, item, head, column);
       copy_block(from, panel, kDim, kPanel, args.flags & MATE_STATE_V_FIRST);
     } else {
       __builtin_memset(panel.data, 0, sizeof(float) * kDim * kPanel);
@@ -276,11 +276,11 @@ static void load_panels(const mate_kda_args& args, const WorkItem& item, int64_t
 }
 
 static void store_panels(const mate_kda_args& args, const WorkItem& item, int64_t head, float* in) {
-  if (!args.final_state.data) return;
+  if (!has_state(args.final_state, item)) return;
   const bool v_first = args.flags & MATE_STATE_V_FIRST;
   for (int column = item.column_begin; column < item.column_end; column += kPanel) {
     const Block panel = {in, MATE_FLOAT32, kPanel};
-    const Block to = state_block(args, args.final_state, item.sequence, head, column);
+    const Block to = state_block(args, args.final_state, item, head, column);
     copy_block(panel, to, v_first ? kPanel : kDim, v_first ? kDim : kPanel, v_first);
     in += kDim * kPanel;
   }

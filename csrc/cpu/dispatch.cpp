@@ -167,12 +167,13 @@ namespace {
 
 bool known_codes(const mate_kda_args& args) {
   for (const mate_tensor* x : {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.output,
-                               &args.initial_state, &args.final_state}) {
+                               &args.initial_state, &args.final_state, &args.token_states}) {
     if (x->dtype < MATE_FLOAT32 || x->dtype > MATE_BFLOAT16) return false;
   }
   const bool gate_complete = args.gate == MATE_GATE_LOG_DECAY || (args.A_log && args.dt_bias);
   return args.gate >= MATE_GATE_LOG_DECAY && args.gate <= MATE_GATE_SOFTPLUS && gate_complete &&
-         args.algorithm >= MATE_AUTO && args.algorithm <= MATE_RECURRENT && args.heads_qk > 0 &&
+         args.algorithm >= MATE_AUTO && args.algorithm <= MATE_RECURRENT &&
+         (!args.token_states.data || args.algorithm == MATE_RECURRENT) && args.heads_qk > 0 &&
          args.heads_v % args.heads_qk == 0;
 }
 

@@ -285,8 +285,8 @@ static void load_state(const mate_kda_args& args, const WorkItem& item, int64_t 
   const bool v_first = args.flags & MATE_STATE_V_FIRST;
   for (int column = item.column_begin; column < item.column_end; column += 16) {
     alignas(64) float natural[kDim][16];
-    if (args.initial_state.data) {
-      const Block from = state_block(args, args.initial_state, item.sequence, head, column);
+    if (has_state(args.initial_state, item)) {
+      const Block from = state_block(args, args.initial_state, item, head, column);
       copy_block(from, {natural, MATE_FLOAT32, 16}, kDim, 16, v_first);
     } else {
       __builtin_memset(natural, 0, sizeof(natural));
@@ -303,13 +303,13 @@ static void load_state(const mate_kda_args& args, const WorkItem& item, int64_t 
 
 static void store_state(const mate_kda_args& args, const WorkItem& item, int64_t head,
                         const State& from) {
-  if (!args.final_state.data) return;
+  if (!has_state(args.final_state, item)) return;
   const bool v_first = args.flags & MATE_STATE_V_FIRST;
   for (int column = item.column_begin; column < item.column_end; column += 16) {
     alignas(64) float natural[kDim][16];
     const int panel = (column - item.column_begin) / 16;
     for (int c = 0; c < kDim; ++c) store(natural[channel_at(c)], load(from.exact[panel][c]));
-    const Block to = state_block(args, args.final_state, item.sequence, head, column);
+    const Block to = state_block(args, args.final_state, item, head, column);
     copy_block({natural, MATE_FLOAT32, 16}, to, v_first ? 16 : kDim, v_first ? kDim : 16, v_first);
   }
 }

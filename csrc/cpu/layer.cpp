@@ -123,9 +123,11 @@ void decode_step(const mate_decode_args& args) {
       group > 1 ? new std::atomic<int64_t>[args.batch * args.heads_qk]() : nullptr);
   const auto run = [&](int64_t i, int) {
     const int64_t batch = i / args.heads_v, head = i % args.heads_v, head_qk = head / group;
-    kernels.decode(args, batch, head);
+    const DecodeRow row = {batch, state_index(args.state_indices, args.state_indices_is_64bit,
+                                              args.num_states, batch)};
+    kernels.decode(args, row, head);
     if (done && done[batch * args.heads_qk + head_qk].fetch_add(1) + 1 < group) return;
-    kernels.advance_qk(args, batch, head_qk);
+    kernels.advance_qk(args, row, head_qk);
   };
   const int64_t items = args.batch * args.heads_v;
   const double cost = static_cast<double>(items) * kDecodeHead;

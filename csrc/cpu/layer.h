@@ -220,8 +220,9 @@ MATE_INLINE char* at_row(const mate_rows& x, int64_t row, int64_t element) {
 struct HeadConv {
   const mate_rows &x, &weight, &state;
   int64_t batch;
-  int64_t channel;        // of x and weight
-  int64_t state_channel;  // of the window, which q, k and v share
+  int64_t window;          // the row of its window, -1: zeros, which stay
+  int64_t channel;         // of x and weight
+  int64_t window_channel;  // of the window, which q, k and v share
 };
 
 template <int W>
@@ -229,8 +230,12 @@ static void convolve_head(const HeadConv& conv, float* y) {
   alignas(64) float x[kDim], weight[kDim * W], window[kDim * W];
   to_floats(conv.x.dtype, at_row(conv.x, conv.batch, conv.channel), kDim, x);
   to_floats(conv.weight.dtype, at_row(conv.weight, 0, conv.channel * W), kDim * W, weight);
-  to_floats(conv.state.dtype, at_row(conv.state, conv.batch, conv.state_channel * W), kDim * W,
-            window);
+  if (conv.window < 0) {
+    __builtin_memset(window, 0, sizeof(window));
+  } else {
+    to_floats(conv.state.dtype, at_row(conv.state, conv.window, conv.window_channel * W), kDim * W,
+              window);
+  }
   for (int c = 0; c < kDim; ++c) {
     float sum = weight[c * W + W - 1] * x[c];
     for (int j = 0; j < W - 1; ++j) sum += weight[c * W + j] * window[c * W + j + 1];
@@ -249,8 +254,9 @@ static void convolve_head(int width, const HeadConv& conv, float* y) {
 
 // The window takes the input in, and its oldest element leaves.
 static void advance_head(int width, const HeadConv& conv) {
+  if (conv.window < 0) return;
   const int64_t size = element_size(conv.state.dtype);
-  char* window = at_row(conv.state, conv.batch, conv.state_channel * width);
+  char* window = at_row(conv.state, conv.window, conv.window_channel * width);
   const char* x = at_row(conv.x, conv.batch, conv.channel);
   __builtin_memmove(window, window + size, (kDim * width - 1) * size);
   for (int c = 0; c < kDim; ++c) {
@@ -258,33 +264,39 @@ static void advance_head(int width, const HeadConv& conv) {
   }
 }
 
-static HeadConv q_conv(const mate_decode_args& args, int64_t batch, int64_t head_qk) {
+static HeadConv q_conv(const mate_decode_args& args, const DecodeRow& r, int64_t head_qk) {
   const int64_t channel = head_qk * kDim;
-  return {args.q, args.q_weight, args.conv_state, batch, channel, channel};
+  return {args.q, args.q_weight, args.conv_state, r.batch, r.state, channel, channel};
 }
-static HeadConv k_conv(const mate_decode_args& args, int64_t batch, int64_t head_qk) {
+static HeadConv k_conv(const mate_decode_args& args, const DecodeRow& r, int64_t head_qk) {
   const int64_t channel = head_qk * kDim;
-  return {args.k, args.k_weight, args.conv_state, batch, channel, args.heads_qk * kDim + channel};
+  return {args.k,
+          args.k_weight,
+          args.conv_state,
+          r.batch,
+          r.state,
+          channel,
+          args.heads_qk * kDim + channel};
 }
-static HeadConv v_conv(const mate_decode_args& args, int64_t batch, int64_t head) {
+static HeadConv v_conv(const mate_decode_args& args, const DecodeRow& r, int64_t head) {
   const int64_t channel = head * kDim, before = 2 * args.heads_qk * kDim;
-  return {args.v, args.v_weight, args.conv_state, batch, channel, before + channel};
+  return {args.v, args.v_weight, args.conv_state, r.batch, r.state, channel, before + channel};
 }
 
-static void advance_qk(const mate_decode_args& args, int64_t batch, int64_t head_qk) {
-  advance_head(args.width, q_conv(args, batch, head_qk));
-  advance_head(args.width, k_conv(args, batch, head_qk));
+static void advance_qk(const mate_decode_args& args, const DecodeRow& r, int64_t head_qk) {
+  advance_head(args.width, q_conv(args, r, head_qk));
+  advance_head(args.width, k_conv(args, r, head_qk));
 }
 
 // The recurrence is recurrent.h's, on one head's q, k, v and output in local memory.
-static void run_decode(const mate_decode_args& args, int64_t batch, int64_t head) {
+static void run_decode(const mate_decode_args& args, const DecodeRow& r, int64_t head) {
   const int64_t head_qk = head / (args.heads_v / args.heads_qk);
   alignas(64) float q[kDim], k[kDim], v[kDim], output[kDim];
   alignas(64) float scratch[kTokenFloats + kDim * kMaxWidth];
-  convolve_head(args.width, q_conv(args, batch, head_qk), q);
-  convolve_head(args.width, k_conv(args, batch, head_qk), k);
-  convolve_head(args.width, v_conv(args, batch, head), v);
-  advance_head(args.width, v_conv(args, batch, head));
+  convolve_head(args.width, q_conv(args, r, head_qk), q);
+  convolve_head(args.width, k_conv(args, r, head_qk), k);
+  convolve_head(args.width, v_conv(args, r, head), v);
+  advance_head(args.width, v_conv(args, r, head));
 
   mate_kda_args step = {};
   step.q = {q, {}, MATE_FLOAT32};
@@ -301,17 +313,17 @@ static void run_decode(const mate_decode_args& args, int64_t batch, int64_t head
   step.lower_bound = args.lower_bound;
   step.gate = args.gate;
   step.flags = args.flags;
-  const WorkItem item = {batch, batch, 0, 1, head, head + 1, 0, kDim, true};
+  const WorkItem item = {r.state, r.batch, 0, 1, head, head + 1, 0, kDim, true};
   run_recurrent(step, item, scratch);
 
   const int64_t channel = head * kDim;
-  const NormRow r = {output,
-                     at_row(args.output_gate, batch, channel),
-                     at_row(args.output, batch, channel),
-                     MATE_FLOAT32,
-                     args.output_gate.dtype,
-                     args.output.dtype};
-  norm_row(r, args.norm_weight, kDim, args.norm_eps);
+  const NormRow norm = {output,
+                        at_row(args.output_gate, r.batch, channel),
+                        at_row(args.output, r.batch, channel),
+                        MATE_FLOAT32,
+                        args.output_gate.dtype,
+                        args.output.dtype};
+  norm_row(norm, args.norm_weight, kDim, args.norm_eps);
 }
 
 extern const LayerKernels layer_kernels;

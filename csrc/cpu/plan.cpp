@@ -32,6 +32,13 @@ std::vector<int64_t> clamped_bounds(const void* cu_seqlens, bool is_64bit, int64
   return bounds;
 }
 
+int64_t state_index(const void* state_indices, bool is_64bit, int64_t num_states, int64_t n) {
+  if (!state_indices) return n;
+  const int64_t i = is_64bit ? static_cast<const int64_t*>(state_indices)[n]
+                             : static_cast<const int32_t*>(state_indices)[n];
+  return i >= 0 && i < num_states ? i : -1;
+}
+
 Plan::Plan(const mate_kda_args& args) : args_(args) {
   if (args.num_seqs <= 0 || args.heads_v <= 0) return;
   if (args.cu_seqlens) {
@@ -139,7 +146,8 @@ WorkItem Plan::item(int64_t index) const {
   const Tokens t = tokens(sequence);
   const int columns = kDim / slices_;
   WorkItem x;
-  x.sequence = sequence;
+  x.state =
+      state_index(args_.state_indices, args_.state_indices_is_64bit, args_.num_states, sequence);
   x.batch = t.batch;
   x.begin = t.begin;
   x.end = t.end;

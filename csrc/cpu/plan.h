@@ -12,6 +12,9 @@ namespace mate {
 std::vector<int64_t> clamped_bounds(const void* cu_seqlens, bool is_64bit, int64_t num_seqs,
                                     int64_t total_tokens);
 
+// The index of sequence n's state, -1 where state_indices give it none.
+int64_t state_index(const void* state_indices, bool is_64bit, int64_t num_states, int64_t n);
+
 class Plan {
  public:
   explicit Plan(const mate_kda_args& args);  // throws std::bad_alloc

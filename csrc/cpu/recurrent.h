@@ -78,6 +78,24 @@ MATE_INLINE void pass_token(const float* from, int64_t from_stride, float* to, i
   }
 }
 
+// kWidth value rows behind `token`, whose update they still lack, to where the caller keeps the
+// states after each token.
+static void store_token_state(const mate_kda_args& args, const WorkItem& item, int64_t token,
+                              int64_t head, int column, const StateRows& s, const float* k,
+                              const float* delta) {
+  alignas(64) float after[kWidth][kDim];
+  for (int i = 0; i < kWidth; ++i) {
+    for (int c = 0; c < kDim; c += kWidth) {
+      store(after[i] + c, load(s.rows + i * s.stride + c) + load(k + c) * delta[i]);
+    }
+  }
+  const bool v_first = args.flags & MATE_STATE_V_FIRST;
+  Block to = {row(args.token_states, item.batch, token, head), args.token_states.dtype, kDim};
+  to.data = v_first ? at(to, column, 0) : at(to, 0, column);
+  copy_block({after, MATE_FLOAT32, kDim}, to, v_first ? kWidth : kDim, v_first ? kDim : kWidth,
+             !v_first);
+}
+
 // kWidth value rows, from channel `column` on, through n tokens.
 static void run_rows(const mate_kda_args& args, const WorkItem& item, const Token* tokens,
                      int64_t first, int n, int64_t head, int column, StateRows s) {
@@ -98,6 +116,9 @@ static void run_rows(const mate_kda_args& args, const WorkItem& item, const Toke
     store_as(args.output.dtype, row(args.output, item.batch, first + t, head), column,
              sum_each(with_q) + d * token.q_dot_k);
     k_before = token.k;
+    if (args.token_states.data) {
+      store_token_state(args, item, first + t, head, column, s, k_before, delta);
+    }
   }
   for (int i = 0; i < kWidth; ++i) {
     for (int c = 0; c < kDim; c += kWidth) {
@@ -113,8 +134,8 @@ static void run_rows(const mate_kda_args& args, const WorkItem& item, const Toke
 template <int kVectors>
 MATE_INLINE void step_columns(const mate_kda_args& args, const WorkItem& item, const Token& token,
                               const float* read_k, const float* read_q, int64_t head, int column) {
-  const Block from = state_block(args, args.initial_state, item.sequence, head, column);
-  const Block to = state_block(args, args.final_state, item.sequence, head, column);
+  const Block from = state_block(args, args.initial_state, item, head, column);
+  const Block to = state_block(args, args.final_state, item, head, column);
   Vec with_k[kVectors] = {}, with_q[kVectors] = {};
   for (int c = 0; c < kDim; ++c) {
     const float* s = static_cast<const float*>(at(from, c, 0));
@@ -171,8 +192,9 @@ static void run_recurrent(const mate_kda_args& args, const WorkItem& item, float
   const mate_tensor &initial = args.initial_state, &final = args.final_state;
   const bool v_first = args.flags & MATE_STATE_V_FIRST;
   const int64_t length = item.end - item.begin;
-  if (length == 1 && !v_first && initial.data && initial.dtype == MATE_FLOAT32 && final.data &&
-      final.dtype == MATE_FLOAT32) {
+  const bool reads = has_state(initial, item), writes = has_state(final, item);
+  const bool in_fp32 = initial.dtype == MATE_FLOAT32 && final.dtype == MATE_FLOAT32;
+  if (length == 1 && !v_first && reads && writes && in_fp32 && !args.token_states.data) {
     return step_key_first(args, item, tokens);
   }
   const int64_t burst = length < kBurst ? length : kBurst;
@@ -190,17 +212,17 @@ static void run_recurrent(const mate_kda_args& args, const WorkItem& item, float
     for (int column = item.column_begin; column < item.column_end; column += group) {
       const Block work = {buffer, MATE_FLOAT32, kDim};
       Block from = work, to = work;
-      if (!initial.data) {
+      if (!reads) {
         __builtin_memset(buffer, 0, sizeof(float) * kDim * group);
       } else {
-        from = state_block(args, initial, item.sequence, head, column);
+        from = state_block(args, initial, item, head, column);
         if (!v_first || from.dtype != MATE_FLOAT32) {
           copy_block(from, work, group, kDim, !v_first);
           from = work;
         }
       }
-      const bool direct = final.data && v_first && final.dtype == MATE_FLOAT32;
-      if (direct) to = state_block(args, final, item.sequence, head, column);
+      const bool direct = writes && v_first && final.dtype == MATE_FLOAT32;
+      if (direct) to = state_block(args, final, item, head, column);
 
       for (int64_t t = 0; t < length; t += kBurst) {
         const int n = length - t < kBurst ? static_cast<int>(length - t) : kBurst;
@@ -212,8 +234,8 @@ static void run_recurrent(const mate_kda_args& args, const WorkItem& item, float
         }
         from = to;
       }
-      if (final.data && !direct) {
-        const Block out = state_block(args, final, item.sequence, head, column);
+      if (writes && !direct) {
+        const Block out = state_block(args, final, item, head, column);
         copy_block(work, out, v_first ? group : kDim, v_first ? kDim : group, !v_first);
       }
     }

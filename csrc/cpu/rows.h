@@ -131,10 +131,15 @@ static void copy_block(const Block& from, const Block& to, int rows, int columns
   }
 }
 
+// Whether the item's state lies in `state`: the initial or the final one.
+MATE_INLINE bool has_state(const mate_tensor& state, const WorkItem& item) {
+  return state.data && item.state >= 0;
+}
+
 // The caller's state of one sequence and head, from value channel `column` on: [V, K] or [K, V].
-MATE_INLINE Block state_block(const mate_kda_args& args, const mate_tensor& state, int64_t sequence,
-                              int64_t head, int column) {
-  Block x = {row(state, sequence, head, 0), state.dtype, state.stride[2]};
+MATE_INLINE Block state_block(const mate_kda_args& args, const mate_tensor& state,
+                              const WorkItem& item, int64_t head, int column) {
+  Block x = {row(state, item.state, head, 0), state.dtype, state.stride[2]};
   x.data = args.flags & MATE_STATE_V_FIRST ? at(x, column, 0) : at(x, 0, column);
   return x;
 }

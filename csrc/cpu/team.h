@@ -17,13 +17,19 @@ struct ConvItem {
   int64_t channel_begin, channel_end;
 };
 
+// A row of a decode step: one token of one sequence.
+struct DecodeRow {
+  int64_t batch;
+  int64_t state;  // the index of its states, -1: starts from zeros and stores none
+};
+
 struct LayerKernels {
   void (*short_conv)(const mate_short_conv_args& args, const ConvItem& item);
   void (*gated_norm)(const mate_gated_norm_args& args, int64_t row_begin, int64_t row_end);
   // One value head of one sequence. The windows of q and k may be shared with other value heads:
   // they are only read, and moved on by advance_qk when all of these are done.
-  void (*decode)(const mate_decode_args& args, int64_t batch, int64_t head);
-  void (*advance_qk)(const mate_decode_args& args, int64_t batch, int64_t head_qk);
+  void (*decode)(const mate_decode_args& args, const DecodeRow& row, int64_t head);
+  void (*advance_qk)(const mate_decode_args& args, const DecodeRow& row, int64_t head_qk);
 };
 
 namespace portable {

@@ -22,7 +22,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tokens [begin, end) of one batch row, for a few value heads and some of their value channels.
 // Value channels never mix, so that items share nothing and may run in any order.
 struct WorkItem {
-  int64_t sequence;  // the index of its state
+  int64_t state;  // the index of its state, -1: starts from zeros and stores none
   int64_t batch, begin, end;
   int64_t head_begin, head_end;
   int32_t column_begin, column_end;

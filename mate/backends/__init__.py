@@ -103,9 +103,13 @@ def _level_of_the_user() -> int:
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """Writes output [B, T, Hv, V] and, where given, the final state, by the first able backend."""
-    choice = backend_for(call.q.device, call.q.dtype, call.recurrent)
-    _warn_once(choice, call.q.device)
-    _backend(choice.name, call.q.device).forward(call, output, final_state)
+    device, dtype = call.q.device, call.q.dtype
+    first = _backend(NAMES[0], device)
+    if not disabled(NAMES[0]) and first.refusal(device, dtype, call.recurrent) is None:
+        return first.forward(call, output, final_state)
+    choice = backend_for(device, dtype, call.recurrent)
+    _warn_once(choice, device)
+    _backend(choice.name, device).forward(call, output, final_state)
 
 
 def backward(

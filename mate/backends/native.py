@@ -9,6 +9,7 @@ import os
 import struct
 from ctypes import c_char_p, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,11 @@ def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -
 
 
 def tensor_fields(x: Tensor | None) -> tuple[int, ...]:
-    """A ``mate_tensor``: strides of the three outer dimensions; missing ones are 0.
-
-    beta, one dimension short, counts single elements in the third.
-    """
+    """A ``mate_tensor``: strides of the three outer dimensions; beta counts single elements."""
     if x is None:
         return _NO_TENSOR
-    stride = x.stride()[:3]
-    return x.data_ptr(), *stride, *(0,) * (3 - len(stride)), DTYPE_CODES[x.dtype]
+    stride = x.stride()
+    return x.data_ptr(), stride[0], stride[1], stride[2], DTYPE_CODES[x.dtype]
 
 
 def index_fields(indices: Tensor | None, pool: Tensor | None) -> tuple[int, int]:
@@ -128,28 +126,33 @@ def index_fields(indices: Tensor | None, pool: Tensor | None) -> tuple[int, int]
     return indices.data_ptr(), pool.shape[0]
 
 
-def _fp32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+def fp32(x: Tensor) -> Tensor:
+    """x contiguous and in fp32; itself where it is already."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x
+    return x.float().contiguous()
 
 
-def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[bytes, list[Tensor]]:
+def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[bytes, Any]:
     """The ``mate_kda_args`` of a call, and tensors made for it, to be kept until it returns."""
-    A_log, dt_bias = _fp32(call.A_log), _fp32(call.dt_bias)
+    A_log = None if call.A_log is None else fp32(call.A_log)
+    dt_bias = None if call.dt_bias is None else fp32(call.dt_bias)
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     indices = None if call.state_indices is None else call.state_indices.contiguous()
     gate = GATE_LOG_DECAY
     if A_log is not None:
         gate = GATE_SOFTPLUS if call.lower_bound is None else GATE_BOUNDED
-    tokens = call.v.shape[1]
-    fields: list[float] = []
-    for x in (call.q, call.k, call.v, call.g, call.beta, output, call.initial_state, final_state):
-        fields += tensor_fields(x)
+    batch, tokens, heads, _ = call.v.shape
     packed = _KDA.pack(
-        *fields,
-        *tensor_fields(call.token_states),
-        *index_fields(indices, call.initial_state),
-        *(0 if x is None else x.data_ptr() for x in (A_log, dt_bias, cu_seqlens)),
-        call.num_seqs, tokens, tokens, call.q.shape[2], call.v.shape[2],
+        *tensor_fields(call.q), *tensor_fields(call.k), *tensor_fields(call.v),
+        *tensor_fields(call.g), *tensor_fields(call.beta), *tensor_fields(output),
+        *tensor_fields(call.initial_state), *tensor_fields(final_state),
+        *tensor_fields(call.token_states), *index_fields(indices, call.initial_state),
+        0 if A_log is None else A_log.data_ptr(),
+        0 if dt_bias is None else dt_bias.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        tokens, tokens, call.q.shape[2], heads,
         call.scale, call.lower_bound or 0.0,
         cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
         indices is not None and indices.dtype == torch.int64,
@@ -161,7 +164,7 @@ def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[byt
         RECURRENT if call.recurrent else AUTO,
         torch.get_num_threads(),
     )  # fmt: skip
-    return packed, [x for x in (A_log, dt_bias, cu_seqlens, indices) if x is not None]
+    return packed, (A_log, dt_bias, cu_seqlens, indices)
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:

@@ -129,7 +129,7 @@ def decode_step(
     """
     fields: list[int] = []
     for x in rows:
-        fields += x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype]
+        fields += x.data_ptr(), x.stride()[0], DTYPE_CODES[x.dtype]
     for x in weights:
         fields += x.data_ptr(), 0, DTYPE_CODES[x.dtype]
     gate = native.GATE_SOFTPLUS if lower_bound is None else native.GATE_BOUNDED

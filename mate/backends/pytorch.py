@@ -15,13 +15,14 @@ are at most 1: nothing overflows, however strong the gate, and a decay of exactl
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mate.backends import pool
 from mate.backends.call import KdaCall
 from mate.functional.reference import L2NORM_EPS
 
@@ -334,7 +335,9 @@ def _slabs(call: KdaCall, start: int, end: int) -> list[slice]:
 
 
 def _chunks(call: KdaCall, tokens: slice) -> Chunks:
-    return _cut(_prepare(call, tokens), call.scale, _chunk_size(tokens.stop - tokens.start))
+    one_by_one = call.token_states is not None
+    chunk = 1 if one_by_one else _chunk_size(tokens.stop - tokens.start)
+    return _cut(_prepare(call, tokens), call.scale, chunk)
 
 
 def _first_state(call: KdaCall, states: slice) -> Tensor:
@@ -366,11 +369,19 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
 
     ``final_state`` may be the memory of ``call.initial_state``.
     """
+    if call.state_indices is not None:
+        assert call.initial_state is not None and final_state is not None
+        own = pool.gather(call.initial_state, call.state_indices)
+        forward(replace(call, initial_state=own, state_indices=None), output, own)
+        return pool.scatter_(final_state, call.state_indices, own)
     for states, start, end in call.windows():
         S = _first_state(call, states)
         for tokens in _slabs(call, start, end):
             c = _chunks(call, tokens)
             before, corrected, S = _scan(c, S)
+            if call.token_states is not None:  # a chunk is a token
+                after = torch.cat([before[:, :, 1:], S.unsqueeze(2)], dim=2).transpose(1, 2)
+                call.token_states[:, tokens] = after.mT if call.state_v_first else after
             O = (c.Qd @ before + c.P @ corrected).flatten(2, 3)  # noqa: E741
             output[:, tokens] = O[:, :, : tokens.stop - tokens.start].transpose(1, 2)
         if final_state is not None:

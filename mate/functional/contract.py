@@ -26,6 +26,7 @@ class Checked(NamedTuple):
     output: Tensor | None
     scale: float
     num_seqs: int
+    token_states: Tensor | None
 
 
 def _shape(x: Tensor | tuple[int, ...]) -> str:
@@ -36,7 +37,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
 
 
-def _check_tensor(
+def _check_form(
     name: str,
     x: Tensor,
     shape: tuple[int, ...],
@@ -52,6 +53,25 @@ def _check_tensor(
         raise ValueError(f"{name} must have shape {rule} = {_shape(shape)}, got {_shape(x)}")
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+
+
+def _check_tensor(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    rule: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if (
+        isinstance(x, Tensor)
+        and x.dtype in dtypes
+        and x.shape == shape
+        and x.device == device
+        and x.stride()[-1] == 1
+    ):
+        return  # the common case before the questions that tell what is wrong
+    _check_form(name, x, shape, rule, dtypes, device)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {x.stride(-1)} "
@@ -60,6 +80,8 @@ def _check_tensor(
 
 
 def _check_writable(name: str, x: Tensor) -> None:
+    if 0 not in x.stride():
+        return
     for size, stride in zip(x.shape, x.stride(), strict=True):
         if stride == 0 and size > 1:
             raise ValueError(
@@ -94,6 +116,50 @@ def _check_gate(
     if isinstance(dt_bias, Tensor) and dt_bias.dim() == 1:
         shape, rule = (heads * HEAD_DIM,), "[Hv, 128] or [Hv * 128]"
     _check_tensor("dt_bias", dt_bias, shape, rule, dtypes, device)
+
+
+def _check_indices(
+    state_indices: Tensor,
+    num_seqs: int,
+    initial_state: Tensor | None,
+    final_state: Tensor | None,
+    device: torch.device,
+) -> int:
+    """The number of slots of the pool that the indices point into."""
+    shape, dtypes = (num_seqs,), (torch.int32, torch.int64)
+    _check_form("state_indices", state_indices, shape, "[num_seqs]", dtypes, device)
+    if initial_state is None or final_state is not initial_state:
+        got = "another tensor" if final_state is not None else "final_state=None"
+        got = "initial_state=None" if initial_state is None else got
+        raise ValueError(
+            "state_indices needs a pool of states that is updated in place: expected one tensor "
+            f"[slots, Hv, 128, 128] as both initial_state and final_state, got {got}"
+        )
+    if not isinstance(initial_state, Tensor) or not initial_state.dim():
+        return 0  # which the check of initial_state refuses
+    return initial_state.shape[0]
+
+
+def _check_token_states(token_states: Tensor, v: Tensor) -> None:
+    dtypes = (v.dtype, torch.float32)
+    shape, rule = (*v.shape, HEAD_DIM), "[*v.shape, 128]"
+    _check_tensor("token_states", token_states, shape, rule, dtypes, v.device)
+    _check_writable("token_states", token_states)
+    if token_states.stride(-2) != HEAD_DIM and token_states.numel():
+        raise ValueError(
+            "token_states must be contiguous in its last two dimensions, got strides "
+            f"{list(token_states.stride())}"
+        )
+
+
+def check_indices_differ(state_indices: Tensor, slots: int) -> None:
+    """No slot belongs to two sequences, which would overwrite each other. Reads the host."""
+    used = [i for i in state_indices.tolist() if 0 <= i < slots]
+    if len(set(used)) < len(used):
+        twice = next(i for n, i in enumerate(used) if i in used[:n])
+        raise ValueError(
+            f"state_indices must give every sequence a slot of its own, got {twice} twice"
+        )
 
 
 def no_second_derivative(*_: Any) -> Any:
@@ -147,34 +213,38 @@ def check(
     output: Tensor | None,
     final_state: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
+    state_indices: Tensor | None,
+    token_states: Tensor | None,
 ) -> Checked:
     """Everything that can be told without reading a value from a device."""
     for name, x in (("q", q), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if q.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"q must be {_names(FLOAT_DTYPES)}, got {q.dtype}")
-    varlen, device = cu_seqlens is not None, q.device
+    dtype, device, q_shape, v_shape = q.dtype, q.device, q.shape, v.shape
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q must be {_names(FLOAT_DTYPES)}, got {dtype}")
+    varlen, rank = cu_seqlens is not None, len(q_shape)
     rule = "[S, Hqk, 128] or [1, S, Hqk, 128] with cu_seqlens" if varlen else "[B, T, Hqk, 128]"
-    rank_fits = q.dim() == 4 or (varlen and q.dim() == 3)
-    if not rank_fits or (varlen and q.dim() == 4 and q.shape[0] != 1):
-        packed = "; for packed sequences pass cu_seqlens" if q.dim() == 3 and not varlen else ""
+    rank_fits = rank == 4 or (varlen and rank == 3)
+    if not rank_fits or (varlen and rank == 4 and q_shape[0] != 1):
+        packed = "; for packed sequences pass cu_seqlens" if rank == 3 and not varlen else ""
         raise ValueError(f"q must have shape {rule}, got {_shape(q)}{packed}")
-    if q.shape[-1] != HEAD_DIM:
-        raise ValueError(f"q must have head dimension 128, got {q.shape[-1]} in {_shape(q)}")
-    if v.dim() != q.dim() or v.shape[:-2] != q.shape[:-2] or v.shape[-1] != HEAD_DIM:
+    if q_shape[-1] != HEAD_DIM:
+        raise ValueError(f"q must have head dimension 128, got {q_shape[-1]} in {_shape(q)}")
+    if len(v_shape) != rank or v_shape[:-2] != q_shape[:-2] or v_shape[-1] != HEAD_DIM:
         raise ValueError(
             f"v must have shape {rule.replace('Hqk', 'Hv')} with q's leading dimensions "
-            f"{_shape(q.shape[:-2])}, got {_shape(v)}"
+            f"{_shape(q_shape[:-2])}, got {_shape(v)}"
         )
-    heads_qk, heads = q.shape[-2], v.shape[-2]
+    heads_qk, heads = q_shape[-2], v_shape[-2]
     if heads_qk == 0 or heads == 0 or heads % heads_qk:
         raise ValueError(f"Hv must be a positive multiple of Hqk, got Hv={heads}, Hqk={heads_qk}")
-    _check_tensor("q", q, q.shape, rule, (q.dtype,), device)
-    _check_tensor("k", k, q.shape, "q.shape", (q.dtype,), device)
-    _check_tensor("v", v, v.shape, "v.shape", (q.dtype,), device)
-    _check_tensor("g", g, v.shape, "v.shape", (q.dtype, torch.float32), device)
-    _check_tensor("beta", beta, v.shape[:-1], "v.shape[:-1]", (q.dtype, torch.float32), device)
+    own, own_or_fp32 = (dtype,), (dtype, torch.float32)
+    _check_tensor("q", q, q_shape, rule, own, device)
+    _check_tensor("k", k, q_shape, "q.shape", own, device)
+    _check_tensor("v", v, v_shape, "v.shape", own, device)
+    _check_tensor("g", g, v_shape, "v.shape", own_or_fp32, device)
+    _check_tensor("beta", beta, v_shape[:-1], "v.shape[:-1]", own_or_fp32, device)
     _check_gate(A_log, dt_bias, lower_bound, heads, device)
     if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
@@ -183,7 +253,7 @@ def check(
             "allow_neg_eigval doubles the sigmoid of beta and needs use_beta_sigmoid_in_kernel="
             "True; with a pre-computed beta, pass 2 * beta instead"
         )
-    num_seqs = q.shape[0]
+    num_seqs = q_shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens_form(cu_seqlens, "cu_seqlens", device)
         num_seqs = cu_seqlens.shape[0] - 1
@@ -197,27 +267,35 @@ def check(
                 f"got {_shape(cu_seqlens_cpu)}"
             )
     state_shape, state_rule = (num_seqs, heads, HEAD_DIM, HEAD_DIM), "[num_seqs, Hv, 128, 128]"
-    state_dtypes: tuple[torch.dtype, ...] = (v.dtype, torch.float32)
+    if state_indices is not None:
+        slots = _check_indices(state_indices, num_seqs, initial_state, final_state, device)
+        state_shape, state_rule = (slots, *state_shape[1:]), "[slots, Hv, 128, 128]"
     if initial_state is not None:
-        _check_tensor("initial_state", initial_state, state_shape, state_rule, state_dtypes, device)
+        _check_tensor("initial_state", initial_state, state_shape, state_rule, own_or_fp32, device)
     if final_state is not None:
-        if initial_state is not None:
-            state_dtypes = (initial_state.dtype,)
-        _check_tensor("final_state", final_state, state_shape, state_rule, state_dtypes, device)
+        if initial_state is not final_state:
+            allowed = own_or_fp32 if initial_state is None else (initial_state.dtype,)
+            _check_tensor("final_state", final_state, state_shape, state_rule, allowed, device)
         _check_writable("final_state", final_state)
     if output is not None:
-        _check_tensor("output", output, v.shape, "v.shape", (v.dtype,), device)
+        _check_tensor("output", output, v_shape, "v.shape", own, device)
         _check_writable("output", output)
-    if output is not None or final_state is not None:
-        inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias, output, final_state)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if token_states is not None:
+        _check_token_states(token_states, v)
+    overwrites = output is not None or final_state is not None or token_states is not None
+    if overwrites and torch.is_grad_enabled():
+        inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+        written = (output, final_state, token_states)
+        if any(x is not None and x.requires_grad for x in (*inputs, *written)):
             raise ValueError(
-                "output and final_state are overwritten, which autograd cannot follow: leave "
-                "them out where gradients are needed, or call under torch.no_grad()"
+                "output, final_state and token_states are overwritten, which autograd cannot "
+                "follow: leave them out where gradients are needed, or call under torch.no_grad()"
             )
-    if q.dim() == 3:
+    if rank == 3:
         q, k, v, g, beta = (x.unsqueeze(0) for x in (q, k, v, g, beta))
         output = None if output is None else output.unsqueeze(0)
+        token_states = None if token_states is None else token_states.unsqueeze(0)
     return Checked(
-        q, k, v, g, beta, output, HEAD_DIM**-0.5 if scale is None else float(scale), num_seqs
-    )
+        q, k, v, g, beta, output, HEAD_DIM**-0.5 if scale is None else float(scale), num_seqs,
+        token_states,
+    )  # fmt: skip

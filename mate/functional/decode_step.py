@@ -10,11 +10,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mate import backends
-from mate.backends import native, native_layer
+from mate.backends import native, native_layer, pool
 from mate.backends.call import KdaCall
 from mate.functional import gated_norm, short_conv
+from mate.functional.contract import check_indices_differ
+from mate.functional.direct import is_direct
 
 HEAD_DIM = 128
+_TENSORS = (
+    *("q", "k", "v", "g", "beta", "output_gate", "conv_state", "state"),
+    *("q_weight", "k_weight", "v_weight", "A_log", "dt_bias", "norm_weight"),
+)
 
 
 def kda_decode_step(
@@ -37,6 +43,7 @@ def kda_decode_step(
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
+    state_indices: Tensor | None = None,
 ) -> Tensor:
     """Short convolutions, SiLU, l2 norm, gate, recurrence and gated norm of one token a document.
 
@@ -65,6 +72,10 @@ def kda_decode_step(
         lower_bound: The bounded gate's smallest log-decay, or None for the softplus gate.
         allow_neg_eigval: b = 2 * sigmoid(beta).
         state_v_first: False: state is [B, Hv, K, V].
+        state_indices: [B] int32 or int64, contiguous. ``conv_state`` and ``state`` are then pools
+            of any number of slots P instead of B: row b reads and writes the slot at its index;
+            one outside [0, P), such as -1, starts from zeros and stores nothing. Two rows must not
+            share a slot.
 
     Returns:
         v's shape and dtype, ready for the output projection.
@@ -77,9 +88,11 @@ def kda_decode_step(
         q, k, v, g, beta, output_gate, conv_state, state,
         q_weight, k_weight, v_weight, A_log, dt_bias, norm_weight,
     )  # fmt: skip
-    _check(*tensors)
-    options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first)
-    return torch.ops.mate.kda_decode_step(*tensors, *options)
+    _check(*tensors, state_indices=state_indices)
+    options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first, state_indices)
+    direct = is_direct(*tensors, state_indices)
+    run = _kda_decode_step if direct else torch.ops.mate.kda_decode_step
+    return run(*tensors, *options)
 
 
 def _check(
@@ -91,64 +104,73 @@ def _check(
     output_gate: Tensor,
     conv_state: Tensor,
     state: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
+    *weights: Tensor,
+    state_indices: Tensor | None,
 ) -> None:
-    batch, keys, values, width = q.shape[0], q.shape[-1], v.shape[-1], q_weight.shape[-1]
-    middle, on_cpu = tuple(v.shape[1:-1]), q.is_cpu
-    rows, heads = (batch, *middle), values // HEAD_DIM
+    """``weights``: as named in ``_TENSORS``."""
+    dtype, q_shape, v_shape, width = q.dtype, q.shape, v.shape, weights[0].shape[-1]
+    batch, keys, values = q_shape[0], q_shape[-1], v_shape[-1]
+    slots = batch if state_indices is None else state.shape[0] if state.dim() else 0
+    middle, on_cpu = tuple(v_shape[1:-1]), q.is_cpu
+    heads = values // HEAD_DIM
     if middle not in ((), (1,)) or keys % HEAD_DIM or not keys or values % keys:
         raise ValueError(
             "q and v must be [B, Hqk * 128] and [B, Hv * 128], Hv a multiple of Hqk, got shapes "
             f"{tuple(q.shape)} and {tuple(v.shape)}"
         )
-    for name, x, shape in (
-        ("q", q, (*rows, keys)),
-        ("k", k, (*rows, keys)),
-        ("v", v, (*rows, values)),
-        ("g", g, (*rows, values)),
-        ("beta", beta, (*rows, heads)),
-        ("output_gate", output_gate, (*rows, values)),
-        ("conv_state", conv_state, (batch, 2 * keys + values, width)),
-        ("state", state, (batch, heads, HEAD_DIM, HEAD_DIM)),
-        ("q_weight", q_weight, (keys, width)),
-        ("k_weight", k_weight, (keys, width)),
-        ("v_weight", v_weight, (values, width)),
-        ("A_log", A_log, (heads,)),
-        ("dt_bias", dt_bias, (values,)),
-        ("norm_weight", norm_weight, (HEAD_DIM,)),
-    ):
+    key_rows, value_rows = (batch, *middle, keys), (batch, *middle, values)
+    shapes = (
+        *(key_rows, key_rows, value_rows, value_rows, (batch, *middle, heads), value_rows),
+        *((slots, 2 * keys + values, width), (slots, heads, HEAD_DIM, HEAD_DIM)),
+        *((keys, width), (keys, width), (values, width), (heads,), (values,), (HEAD_DIM,)),
+    )
+    tensors = (q, k, v, g, beta, output_gate, conv_state, state, *weights)
+    for name, x, shape in zip(_TENSORS, tensors, shapes, strict=True):
         if x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(x.shape)}")
         if x.is_cpu != on_cpu or (not on_cpu and x.device != q.device):
             raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
+    if state_indices is not None:
+        _check_indices(state_indices, batch, q.device)
     for name, x in (("conv_state", conv_state), ("state", state)):
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
-    if q.dtype not in native.DTYPE_CODES:
-        raise TypeError(f"q must be fp16, bf16 or fp32, got {q.dtype}")
+    if dtype not in native.DTYPE_CODES:
+        raise TypeError(f"q must be fp16, bf16 or fp32, got {dtype}")
     for name, x in (("k", k), ("v", v), ("conv_state", conv_state)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
     for name, x in (("g", g), ("beta", beta), ("output_gate", output_gate), ("state", state)):
-        if x.dtype not in (q.dtype, torch.float32):
-            raise TypeError(f"{name} must be {q.dtype} or torch.float32, got {x.dtype}")
+        if x.dtype != dtype and x.dtype != torch.float32:
+            raise TypeError(f"{name} must be {dtype} or torch.float32, got {x.dtype}")
+
+
+def _check_indices(state_indices: Tensor, batch: int, device: torch.device) -> None:
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"state_indices must be torch.int32 or torch.int64, got {state_indices.dtype}"
+        )
+    if state_indices.shape != (batch,) or not state_indices.is_contiguous():
+        raise ValueError(
+            f"state_indices must be [{batch}] and contiguous, got shape "
+            f"{tuple(state_indices.shape)} with strides {state_indices.stride()}"
+        )
+    if state_indices.device != device:
+        raise ValueError(f"state_indices must be on {device}, got {state_indices.device}")
 
 
 def _kda_decode_step(*args: Any) -> Tensor:
-    *tensors, norm_eps, lower_bound, allow_neg_eigval, state_v_first = args
+    *tensors, norm_eps, lower_bound, allow_neg_eigval, state_v_first, state_indices = args
+    if state_indices is not None and state_indices.is_cpu:
+        check_indices_differ(state_indices, tensors[7].shape[0])
     v, weights = tensors[2], (*tensors[8:11], tensors[13])
-    A_log, dt_bias = (x.float().contiguous() for x in tensors[11:13])
+    A_log, dt_bias = native.fp32(tensors[11]), native.fp32(tensors[12])
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     width = weights[0].shape[-1]
     increment_version(tensors[6:8])  # so that autograd sees what was overwritten
     if width > native_layer.MAX_CONV_WIDTH or not native_layer.serves(*tensors[:11], tensors[13]):
         return output.copy_(_step_by_step(*args))
-    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:6])
+    rows = (x if x.stride()[-1] == 1 else x.contiguous() for x in tensors[:6])
     native_layer.decode_step(
         (*rows, output, tensors[6]),
         tuple(x.contiguous() for x in weights),
@@ -160,6 +182,7 @@ def _kda_decode_step(*args: Any) -> Tensor:
         norm_eps,
         lower_bound,
         native.NEG_EIGVAL * allow_neg_eigval | native.STATE_V_FIRST * state_v_first,
+        state_indices,
     )
     return output
 
@@ -183,8 +206,12 @@ def _step_by_step(
     lower_bound: float | None,
     allow_neg_eigval: bool,
     state_v_first: bool,
+    state_indices: Tensor | None,
 ) -> Tensor:
     batch, shape = v.shape[0], v.shape
+    pools = conv_state, state
+    if state_indices is not None:
+        conv_state, state = (pool.gather(x, state_indices) for x in pools)
     streams: list[Tensor] = []
     finals: list[Tensor] = []
     windows = conv_state.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=1)
@@ -217,6 +244,9 @@ def _step_by_step(
     backends.forward(call, o, state)
     for window, final in zip(windows, finals, strict=True):
         window.copy_(final)
+    if state_indices is not None:
+        for x, new in zip(pools, (conv_state, state), strict=True):
+            pool.scatter_(x, state_indices, new)
     gate = output_gate.reshape(o.shape)
     return gated_norm.in_pytorch(o, gate, norm_weight, norm_eps).reshape(shape)
 
@@ -230,7 +260,7 @@ _library.define(
     "kda_decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor output_gate, "
     "Tensor(a!) conv_state, Tensor(b!) state, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
     "Tensor A_log, Tensor dt_bias, Tensor norm_weight, float norm_eps, float? lower_bound, "
-    "bool allow_neg_eigval, bool state_v_first) -> Tensor"
+    "bool allow_neg_eigval, bool state_v_first, Tensor? state_indices) -> Tensor"
 )
 _library.impl("kda_decode_step", _kda_decode_step, "CompositeExplicitAutograd")
 torch.library.register_fake("mate::kda_decode_step", _fake, lib=_library)

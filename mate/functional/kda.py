@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-import mate.functional.ops  # noqa: F401  (registers torch.ops.mate)
+from mate.functional import ops
 from mate.functional.contract import check
+from mate.functional.direct import is_direct
 
 
 def chunk_kda(
@@ -28,6 +29,7 @@ def chunk_kda(
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Kimi Delta Attention over whole sequences, in chunks.
 
@@ -81,6 +83,11 @@ def chunk_kda(
         allow_neg_eigval: b_t = 2 * sigmoid(beta_t).
         state_v_first: False: states are [N, Hv, K, V].
         cu_seqlens_cpu: Copy of cu_seqlens on the CPU, which is validated instead on a GPU.
+        state_indices: [N] int32 or int64 on q's device. ``initial_state`` is then a pool
+            [P, Hv, V, K] of any P, given as ``final_state`` too: sequence n starts from
+            pool[state_indices[n]] and leaves its final state there. One whose index lies outside
+            [0, P), such as -1, starts from zeros and stores nothing; no other slot is touched. Two
+            sequences must not share a slot; on a GPU that is not checked. No gradients.
 
     Returns:
         The output with v's shape and dtype; with ``output_final_state`` the pair (output,
@@ -94,7 +101,8 @@ def chunk_kda(
     return _kda(
         False, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
         dt_bias, lower_bound, use_qk_l2norm_in_kernel, output, final_state,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu, state_indices,
+        None,
     )  # fmt: skip
 
 
@@ -119,16 +127,25 @@ def recurrent_kda(
     allow_neg_eigval: bool = False,
     state_v_first: bool = True,
     cu_seqlens_cpu: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    token_states: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Kimi Delta Attention token by token: decoding and speculative verification.
 
     The contract of :func:`chunk_kda`, for short sequences (1 to some tens of tokens). With
     ``final_state=initial_state`` the state is updated in place.
+
+    Args:
+        token_states: Preallocated, [B, T, Hv, V, K] or [S, Hv, V, K] / [1, S, Hv, V, K] in v's
+            layout, v's dtype or fp32, each state [V, K] ([K, V] with ``state_v_first=False``)
+            contiguous: written with the state after each token. Of a speculative draft, the one
+            after the last accepted token is the state to go on from. No gradients.
     """
     return _kda(
         True, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
         dt_bias, lower_bound, use_qk_l2norm_in_kernel, output, final_state,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu, state_indices,
+        token_states,
     )  # fmt: skip
 
 
@@ -153,10 +170,12 @@ def _kda(
     neg_eigval: bool,
     state_v_first: bool,
     cu_seqlens_cpu: Tensor | None,
+    state_indices: Tensor | None,
+    token_states: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     call = check(
         q, k, v, g, beta, scale, initial_state, cu_seqlens, A_log, dt_bias, lower_bound,
-        beta_sigmoid, neg_eigval, output, final_state, cu_seqlens_cpu,
+        beta_sigmoid, neg_eigval, output, final_state, cu_seqlens_cpu, state_indices, token_states,
     )  # fmt: skip
     resume = final_state is not None and final_state is initial_state
     inputs = (
@@ -165,8 +184,13 @@ def _kda(
         None if lower_bound is None else float(lower_bound),
         l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent,
     )  # fmt: skip
-    if output is None and final_state is None:
-        written, state = torch.ops.mate.kda(*inputs, output_final_state)
+    direct = is_direct(
+        q, k, v, g, beta, initial_state, cu_seqlens, cu_seqlens_cpu, A_log, dt_bias, output,
+        final_state, state_indices, token_states,
+    )  # fmt: skip
+    if output is None and final_state is None and token_states is None:
+        run = ops.kda if direct else torch.ops.mate.kda
+        written, state = run(*inputs, output_final_state)
     else:
         written, state = call.output, final_state
         if written is None:
@@ -174,6 +198,7 @@ def _kda(
         if state is None and output_final_state:
             dtype = torch.float32 if initial_state is None else initial_state.dtype
             state = v.new_empty((call.num_seqs, v.shape[-2], 128, 128), dtype=dtype)
-        torch.ops.mate.kda_out(*inputs, resume, written, state)
+        write = ops.kda_out if direct else torch.ops.mate.kda_out
+        write(*inputs, resume, written, state, state_indices, call.token_states)
     result = output if output is not None else written if v.dim() == 4 else written.squeeze(0)
     return (result, state) if output_final_state else result

@@ -1,7 +1,8 @@
 """The operator in torch.library: schemas, fake kernels, autograd.
 
     mate::kda           functional; differentiable
-    mate::kda_out       writes into given tensors; ``resume``: starts from what final_state holds
+    mate::kda_out       writes into given tensors; ``resume``: starts from what final_state holds,
+                        with ``state_indices`` a pool of states
     mate::kda_backward  gradients, opaque to the compiler so that no length is ever unrolled
 
 One implementation serves all devices: it asks :mod:`mate.backends` who takes the call.
@@ -15,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from mate import backends
 from mate.backends.call import KdaCall
-from mate.functional.contract import check_cu_seqlens, no_second_derivative
+from mate.functional.contract import check_cu_seqlens, check_indices_differ, no_second_derivative
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
@@ -28,7 +29,8 @@ _DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bia
 _library = torch.library.Library("mate", "DEF")
 _library.define(f"kda({_INPUTS}, bool output_final_state) -> (Tensor, Tensor)")
 _library.define(
-    f"kda_out({_INPUTS}, bool resume, Tensor(a!) output, Tensor(b!)? final_state) -> ()"
+    f"kda_out({_INPUTS}, bool resume, Tensor(a!) output, Tensor(b!)? final_state, "
+    "Tensor? state_indices, Tensor(c!)? token_states) -> ()"
 )
 _library.define(
     f"kda_backward(Tensor d_output, Tensor d_final_state, {_INPUTS}) -> "
@@ -48,6 +50,9 @@ def _check_values(call: KdaCall) -> None:
                 f"cu_seqlens_cpu must hold cu_seqlens' values {bounds.tolist()}, "
                 f"got {copy.tolist()}"
             )
+    if call.state_indices is not None and call.state_indices.device.type == "cpu":
+        assert call.initial_state is not None
+        check_indices_differ(call.state_indices, call.initial_state.shape[0])
 
 
 def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -55,30 +60,32 @@ def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> N
 
     Views with gaps may lie in turns in the same memory: of these only the beginnings are compared.
     """
-    places = []
-    for name in ("q", "k", "v", "g", "beta", "initial_state"):
-        x = getattr(call, name)
-        if x is not None:
-            places.append((name, x, *_place(x)))
-    for name, x in (("output", output), ("final_state", final_state)):
+    others: list[tuple[str, Tensor | None]]
+    others = [("q", call.q), ("k", call.k), ("v", call.v), ("g", call.g), ("beta", call.beta)]
+    if call.initial_state is not final_state:
+        others.append(("initial_state", call.initial_state))
+    written = (
+        ("output", output),
+        ("final_state", final_state),
+        ("token_states", call.token_states),
+    )
+    for name, x in written:
         if x is None:
             continue
-        begin, end = _place(x)
-        for other, y, first, last in places:
-            if (
-                begin < last
-                and first < end
-                and not ((name, other) == ("final_state", "initial_state") and _same_elements(x, y))
-            ):
+        begin = x.data_ptr()
+        end = _end(x, begin)
+        for other, y in others:
+            if y is None or (first := y.data_ptr()) >= end or first + y.nbytes <= begin:
+                continue
+            if _end(y, first) <= begin:
+                continue
+            if not (name == "final_state" and other == "initial_state" and _same_elements(x, y)):
                 raise ValueError(f"{name} must not overlap {other}: both lie in the same memory")
-        places.append((name, x, begin, end))
+        others.append((name, x))
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    begin = x.data_ptr()
-    if x.is_contiguous():
-        return begin, begin + x.nbytes
-    return begin, begin + min(1, x.numel())
+def _end(x: Tensor, begin: int) -> int:
+    return begin + (x.nbytes if x.is_contiguous() else min(1, x.numel()))
 
 
 def _same_elements(x: Tensor, y: Tensor) -> bool:
@@ -97,7 +104,7 @@ def _new_outputs(call: KdaCall, output_final_state: bool) -> tuple[Tensor, Tenso
     return output, _state_like(call) if output_final_state else output.new_empty(0)
 
 
-def _kda(*args: Any) -> tuple[Tensor, Tensor]:
+def kda(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, output_final_state = args
     call = KdaCall(*inputs)
     _check_values(call)
@@ -106,16 +113,17 @@ def _kda(*args: Any) -> tuple[Tensor, Tensor]:
     return output, final_state
 
 
-def _kda_out(*args: Any) -> None:
-    *inputs, resume, output, final_state = args
+def kda_out(*args: Any) -> None:
+    *inputs, resume, output, final_state, state_indices, token_states = args
     call = KdaCall(*inputs)
-    _check_values(call)
-    _check_apart(call, output, final_state)
+    call.state_indices, call.token_states = state_indices, token_states
     if resume:
         call.initial_state = final_state
+    _check_values(call)
+    _check_apart(call, output, final_state)
     backends.forward(call, output, final_state)
     # so that autograd sees a graph whose saved tensors were overwritten
-    increment_version([output] if final_state is None else [output, final_state])
+    increment_version([x for x in (output, final_state, token_states) if x is not None])
 
 
 def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -153,7 +161,7 @@ def _kda_backward_fake(d_output: Tensor, d_final: Tensor, *inputs: Any) -> tuple
     return _new_gradients(KdaCall(*inputs))
 
 
-_FIELDS = tuple(KdaCall.__dataclass_fields__)
+_FIELDS = tuple(KdaCall.__dataclass_fields__)[: _INPUTS.count(",") + 1]  # of the schemas
 _TENSORS = tuple(
     name for name in _FIELDS if name in (*_DIFFERENTIABLE, "cu_seqlens", "cu_seqlens_cpu")
 )
@@ -174,8 +182,8 @@ def _autograd(ctx: Any, d_output: Tensor, d_final_state: Tensor) -> tuple[Any, .
 
 
 for _name, _function, _fake in (
-    ("kda", _kda, _kda_fake),
-    ("kda_out", _kda_out, _kda_out_fake),
+    ("kda", kda, _kda_fake),
+    ("kda_out", kda_out, _kda_out_fake),
     ("kda_backward", _kda_backward, _kda_backward_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")

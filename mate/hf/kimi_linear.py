@@ -55,11 +55,9 @@ class MateKimiLinearDeltaAttention(TransformersMixer, KimiLinearDeltaAttention):
             return None
         return DecodeWeights(weight.squeeze(1).chunk(3), norm.weight, norm.variance_epsilon)
 
-    def decay_input(self, x: Tensor) -> Tensor:
-        return self.forget_gate.f_b_proj(self.forget_gate.f_a_proj(x))
+    def low_rank_gates(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        gate = self.forget_gate
+        return (gate.f_a_proj, gate.f_b_proj), (self.g_a_proj, self.g_b_proj)
 
     def decay_parameters(self) -> tuple[Tensor, Tensor]:
         return self.forget_gate.A_log.float().flatten(), self.forget_gate.dt_bias.float()
-
-    def output_gate(self, x: Tensor) -> Tensor:
-        return self.g_b_proj(self.g_a_proj(x))

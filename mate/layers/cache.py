@@ -1,17 +1,22 @@
-"""What a KDA layer remembers between calls: a convolution window and a recurrent state."""
+"""What a KDA layer remembers between calls: a convolution window and a recurrent state.
 
-from collections.abc import Callable
+:class:`KDACache` holds those of one batch, :class:`StatePool` those of all that an engine serves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LinearCache(Protocol):
     """What a layer asks of a cache: the part of transformers' ``Cache`` for linear layers.
 
     An attribute ``state_v_first`` says whether recurrent states are [N, Hv, V, K]; without it
-    they are [N, Hv, K, V], as in transformers.
+    they are [N, Hv, K, V], as in transformers. An attribute ``state_indices`` [N] says that both
+    states are pools of slots, in which document n has the one at its index, and which are updated
+    in place: see :class:`StatePool`.
     """
 
     def get_conv_state(self, layer_idx: int) -> Tensor | None: ...
@@ -121,3 +126,146 @@ class KDACache:
 
     def __repr__(self) -> str:
         return f"KDACache(layers={sorted(self._conv)}, batch_size={self.batch_size})"
+
+
+class StatePool:
+    """States of many sequences in slots: what a serving engine keeps from batch to batch.
+
+    Each layer has two tensors, whose first dimension are the P slots: convolution windows
+    [P, Cq + Ck + Cv, W] in the activations' dtype, oldest input first, and recurrent states
+    [P, Hv, V, K] in fp32 or the activations' dtype. A sequence owns one slot in all of them.
+    :meth:`batch` names the slots of a call's documents; the layers then read and write in place,
+    and nothing is moved when sequences join or leave::
+
+        pool = StatePool.for_model(model, slots=64)
+        new, old = pool.allocate(), ...            # slots, as Python integers
+        with torch.no_grad():                      # a prompt and a decoding step in one call
+            y = layer(x, cache=pool.batch([new, old]), cu_seqlens=torch.tensor([0, 700, 701]))
+        pool.free(new)
+
+    For inference only. An engine with tensors of its own wraps them: ``StatePool({layer_idx:
+    (conv_states, recurrent_states)})``, and may leave allocate and free alone.
+
+    Args:
+        states: For each ``layer_idx`` the windows and the recurrent states, with the same P.
+
+    Raises:
+        ValueError: there is no layer, or the slots differ in number.
+    """
+
+    def __init__(self, states: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        self._states = dict(states)
+        counts = {x.shape[0] for pair in self._states.values() for x in pair}
+        if len(counts) != 1:
+            raise ValueError(
+                "states must hold tensors with the same number of slots for at least one layer, "
+                f"got {sorted(counts)} slots in {len(self._states)} layers"
+            )
+        self.slots = counts.pop()
+        self._free = list(range(self.slots - 1, -1, -1))
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, slots: int, state_dtype: torch.dtype = torch.float32
+    ) -> "StatePool":
+        """Zeros for every :class:`KimiDeltaAttention` in a model, on its parameters' device.
+
+        Args:
+            model: A model, or one layer; its layers have a ``layer_idx``, each its own.
+            slots: P, how many sequences there may be at a time.
+            state_dtype: Of the recurrent states: fp32, or the activations' dtype, which takes half
+                the memory and rounds the state once a call. Windows have the dtype of q_proj.
+
+        Raises:
+            ValueError: the model has no KDA layer, or two have the same ``layer_idx`` or none.
+        """
+        states: dict[int, tuple[Tensor, Tensor]] = {}
+        layers: list[Any] = list(model.modules())
+        for layer in layers:
+            shapes = getattr(layer, "state_shapes", None)
+            if shapes is None:
+                continue
+            index = layer.layer_idx
+            if index is None or index in states:
+                raise ValueError(
+                    f"every layer must have a layer_idx of its own, got {index} for the layer "
+                    f"after {len(states)} others"
+                )
+            weight = layer.q_proj.weight
+            conv, recurrent = shapes()
+            windows = weight.new_zeros(slots, *conv)
+            states[index] = windows, weight.new_zeros(slots, *recurrent, dtype=state_dtype)
+        return cls(states)
+
+    @property
+    def available(self) -> int:
+        """How many slots :meth:`allocate` can still give."""
+        return len(self._free)
+
+    def allocate(self) -> int:
+        """A free slot, emptied: a sequence that starts there starts from zeros.
+
+        Raises:
+            RuntimeError: all slots are taken.
+        """
+        if not self._free:
+            raise RuntimeError(f"all {self.slots} slots are taken: free one, or make a larger pool")
+        slot = self._free.pop()
+        for pair in self._states.values():
+            for states in pair:
+                states[slot].zero_()
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Give a slot back.
+
+        Raises:
+            ValueError: it is none of the pool's, or free already.
+        """
+        if not 0 <= slot < self.slots or slot in self._free:
+            raise ValueError(f"slot must be one that is taken, got {slot}")
+        self._free.append(slot)
+
+    def batch(self, slots: Tensor | Sequence[int]) -> "PooledCache":
+        """What a call takes as ``cache``: document n has slot ``slots[n]``.
+
+        Args:
+            slots: [N], integers, or an int32 or int64 tensor on the states' device, which is read
+                at every call: a captured CUDA graph follows what is written into it. No slot twice.
+                A document whose slot is outside [0, P), such as -1, starts from zeros and leaves no
+                state: it pads a batch of fixed size.
+        """
+        if not isinstance(slots, Tensor):
+            device = next(iter(self._states.values()))[0].device
+            slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        return PooledCache(self._states, slots)
+
+
+class PooledCache:
+    """The states of one batch in a :class:`StatePool`; made by :meth:`StatePool.batch`."""
+
+    state_v_first = True
+
+    def __init__(self, states: Mapping[int, tuple[Tensor, Tensor]], slots: Tensor) -> None:
+        self._states = states
+        self.state_indices = slots
+
+    def get_conv_state(self, layer_idx: int) -> Tensor:
+        """The windows [P, C, W] of every slot."""
+        return self._of(layer_idx)[0]
+
+    def get_recurrent_state(self, layer_idx: int) -> Tensor:
+        """The recurrent states [P, Hv, V, K] of every slot."""
+        return self._of(layer_idx)[1]
+
+    def _of(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if layer_idx not in self._states:
+            held = sorted(self._states)
+            raise ValueError(f"cache has no states for layer_idx={layer_idx}, only for {held}")
+        return self._states[layer_idx]
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("the states of a pool are updated in place")
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int) -> Tensor:
+        raise NotImplementedError("the states of a pool are updated in place")

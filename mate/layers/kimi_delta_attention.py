@@ -208,7 +208,8 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
                 in the row, not an additive mask; the last T columns count. Every row gets exactly
                 what its tokens alone would get, in the cache too; padded positions yield zeros.
             cache: :class:`mate.layers.KDACache` or a transformers ``Cache``; read, then updated.
-                Several calls on one cache continue the same documents. Needs ``layer_idx``.
+                Several calls on one cache continue the same documents. Or some slots of a pool:
+                :meth:`mate.layers.StatePool.batch`. Needs ``layer_idx``.
             cu_seqlens: [N + 1] integers: document n is hidden_states[0, cu[n]:cu[n + 1]]. The
                 cache then holds N documents.
             cu_seqlens_cpu: The same on the CPU, to spare a GPU's host from asking.
@@ -238,14 +239,21 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
             return None
         return DecodeWeights(convs, norm.weight, norm.eps)
 
-    def decay_input(self, x: Tensor) -> Tensor:
-        return self.f_b_proj(self.f_a_proj(x))
+    def low_rank_gates(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        modules: Any = self._modules  # nn.Module's attribute look-up takes longer
+        return (
+            (modules["f_a_proj"], modules["f_b_proj"]),
+            (modules["g_a_proj"], modules["g_b_proj"]),
+        )
 
     def decay_parameters(self) -> tuple[Tensor, Tensor]:
         return self.A_log, self.dt_bias
 
-    def output_gate(self, x: Tensor) -> Tensor:
-        return self.g_b_proj(self.g_a_proj(x))
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """One document's convolution window [C, W] and recurrent state [Hv, V, K]."""
+        channels = (2 * self.num_heads + self.num_v_heads) * self.head_dim
+        recurrent = (self.num_v_heads, self.head_dim, self.head_dim)
+        return (channels, self.conv_size), recurrent
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

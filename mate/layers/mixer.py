@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+import torch.nn.functional as F
+from torch import Tensor
 
-from mate.backends import native_layer
+from mate.backends import native_layer, pool
 from mate.functional import chunk_kda, recurrent_kda
 from mate.functional.contract import FLOAT_DTYPES, check_cu_seqlens_form
 from mate.functional.decode_step import kda_decode_step
 from mate.layers.cache import LinearCache
 from mate.layers.documents import pack, trailing_mask
+from mate.layers.projections import FusedProjections, is_plain
+
+__all__ = ["DecodeWeights", "DeltaMixer", "is_plain"]
 
 MAX_RECURRENT_TOKENS = 16
 
@@ -28,12 +31,6 @@ class DecodeWeights(NamedTuple):
     convs: Sequence[Tensor]  # of q, k and v, [C, W]
     norm: Tensor
     norm_eps: float
-
-
-def is_plain(module: nn.Module, cls: type) -> bool:
-    """Whether calling the module is nothing but ``cls``'s forward: no hook, no wrapper."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is cls and not hooked and not _has_any_global_hook()
 
 
 class DeltaMixer:
@@ -50,26 +47,76 @@ class DeltaMixer:
     layer_idx: Any
     lower_bound: float | None = None
     allow_neg_eigval: bool = False
+    _fused: FusedProjections | None = None
 
     def short_convs(self) -> Sequence[Callable[..., tuple[Tensor, Tensor | None]]]:
         """The convolutions of q, k and v, called like :func:`mate.functional.short_conv`."""
         raise NotImplementedError
 
-    def decay_input(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] -> the gate's input [B, T, Hv * K]."""
+    def low_rank_gates(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """(down, up) projections of the decay's gate input and of the output gate's logit."""
         raise NotImplementedError
 
     def decay_parameters(self) -> tuple[Tensor, Tensor]:
         """A_log [Hv] and dt_bias [Hv * K] in fp32."""
         raise NotImplementedError
 
-    def output_gate(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] -> the output gate's logit [B, T, Hv * V]."""
-        raise NotImplementedError
-
     def decode_weights(self) -> DecodeWeights | None:
         """For the fused decode step; None: the modules must be called one by one."""
         return None
+
+    def fuse_projections(self) -> bool:
+        """Make the projections that read the hidden state one matrix product at inference.
+
+        Those of q, k, v, beta and both gates' first halves become slices of one matrix in memory,
+        and a call without gradients multiplies with that: one product instead of six. Parameters,
+        state dict and training stay as they are, and there is no second copy, but for a moment
+        inside this call. It is for a layer that is where it will serve: loaded, on its device, in
+        its dtype. No forward pass does it by itself, because swapping the memory under parameters
+        would surprise whoever else holds on to it: an optimizer's flat buffers, sharding, a
+        captured CUDA graph.
+
+        A later ``.to`` keeps it; what puts other tensors in the parameters' place undoes it without
+        harm (``load_state_dict(assign=True)``, a deep copy, an adapter, quantisation). Under
+        autocast and ``torch.compile`` the projections are called one by one as before.
+
+        Returns:
+            Whether they are fused: not where one is no plain ``nn.Linear`` without a bias, has a
+            hook, or differs in dtype or device.
+        """
+        (f_down, _), (g_down, _) = self.low_rank_gates()
+        linears = self._input_projections(f_down, g_down)
+        if self._fused is None or not self._fused.holds(linears):
+            self._fused = FusedProjections(linears) if FusedProjections.possible(linears) else None
+        return self._fused is not None
+
+    def _input_projections(self, f_down: Any, g_down: Any) -> list[Any]:
+        """What reads the hidden state; the small one last, where it spoils no alignment."""
+        modules: Any = self._modules  # type: ignore[attr-defined]  # faster than nn.Module's own
+        q, k, v, b = (modules[f"{name}_proj"] for name in "qkvb")
+        return [q, k, v, f_down, g_down, b]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What .to comes down to: gives each parameter memory of its own."""
+        fused, self._fused = self._fused is not None, None
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if fused:
+            self.fuse_projections()
+        return result
+
+    def _project(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """q, k and v before their convolutions, the gate's input, beta, the output gate."""
+        (f_down, f_up), (g_down, g_up) = self.low_rank_gates()
+        fused = self._fused
+        if fused is not None and not _needs_modules():
+            linears = self._input_projections(f_down, g_down)
+            if fused.serves(linears):
+                q, k, v, f, g, beta = fused.product(x)
+                return [q, k, v], f_up(f), beta, g_up(g)
+            if not fused.holds(linears):
+                self._fused = None
+        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        return streams, f_up(f_down(x)), self.b_proj(x), g_up(g_down(x))
 
     def mix(
         self,
@@ -126,23 +173,29 @@ class DeltaMixer:
         """
         documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         conv_state, state = self._read(cache, documents - unowned)
-        if unowned and conv_state is not None and state is not None:
+        slots = getattr(cache, "state_indices", None)
+        if slots is not None:
+            slots = F.pad(slots, (0, unowned), value=-1) if unowned else slots
+        elif unowned and conv_state is not None and state is not None:
             conv_state = _append_zeros(conv_state, unowned)
             state = _append_zeros(state, unowned)
 
         # A single token cut from a longer sequence keeps its strides, for which nn.Linear would
         # copy its whole weight before every product.
         x = x.reshape(-1).view(x.shape)
-        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        gate_input, beta, gate = self.decay_input(x), self.b_proj(x), self.output_gate(x)
+        streams, gate_input, beta, gate = self._project(x)
         one_token = cu_seqlens is None and not unowned and x.shape[1] == 1
         if one_token and cache is not None and conv_state is not None and state is not None:
             rows = (*streams, gate_input, beta, gate)
-            decoded = self._decode(rows, conv_state, state, getattr(cache, "state_v_first", False))
+            v_first = getattr(cache, "state_v_first", False)
+            decoded = self._decode(rows, conv_state, state, v_first, slots)
             if decoded is not None:
                 self._write_decoded(cache, conv_state, state)
                 return self.o_proj(decoded)
-        streams, conv_state = self._convolve(streams, conv_state, cu_seqlens, cache is not None)
+        windows = conv_state
+        if slots is not None and conv_state is not None:
+            windows = pool.gather(conv_state, slots)
+        streams, windows = self._convolve(streams, windows, cu_seqlens, cache is not None)
         q, k, v = (stream.unflatten(-1, (-1, self.head_dim)) for stream in streams)
         A_log, dt_bias = self.decay_parameters()
         options: dict[str, Any] = {
@@ -158,25 +211,35 @@ class DeltaMixer:
         }
         if state is not None and not torch.is_grad_enabled():
             options["final_state"] = state  # in place: the cache's own memory, or a copy of it
-        few = state is not None and x.shape[0] * x.shape[1] <= MAX_RECURRENT_TOKENS * documents
+            options["state_indices"] = slots
+        few = state is not None and _longest(x, cu_seqlens, cu_seqlens_cpu) <= MAX_RECURRENT_TOKENS
         kda = recurrent_kda if few else chunk_kda
         g = gate_input.unflatten(-1, (-1, self.head_dim))
         result = kda(q, k, v, g, beta, **options)
 
         if cache is not None:
             o, state = result
-            self._write(cache, conv_state, state, documents - unowned)
+            if slots is None:
+                self._write(cache, windows, state, documents - unowned)
+            elif conv_state is not None and windows is not None:
+                pool.scatter_(conv_state, slots, windows)
         else:
             o = result
         gate = gate.unflatten(-1, (-1, self.head_dim))
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
 
     def _decode(
-        self, rows: tuple[Tensor, ...], conv_state: Tensor, state: Tensor, state_v_first: bool
+        self,
+        rows: tuple[Tensor, ...],
+        conv_state: Tensor,
+        state: Tensor,
+        state_v_first: bool,
+        slots: Tensor | None,
     ) -> Tensor | None:
         """One token a document in one call; None where that call does not serve.
 
-        rows: q, k, v, gate input, beta, output gate. Both states are updated in place.
+        rows: q, k, v, gate input, beta, output gate. Both states are updated in place; with
+        ``slots`` they are pools.
         """
         x = rows[0]
         if torch.is_grad_enabled() or x.dtype not in FLOAT_DTYPES:
@@ -190,7 +253,8 @@ class DeltaMixer:
             return None
         if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[1]:
             return None
-        if any(y.dtype not in (x.dtype, torch.float32) for y in (state, *rows[3:])):
+        allowed = (x.dtype, torch.float32)
+        if any(y.dtype not in allowed for y in (state, *rows[3:])):
             return None
         q, k, v, g, beta, gate = rows
         q_weight, k_weight, v_weight = weights.convs
@@ -214,6 +278,7 @@ class DeltaMixer:
             lower_bound=self.lower_bound,
             allow_neg_eigval=self.allow_neg_eigval,
             state_v_first=state_v_first,
+            state_indices=None if slots is None else slots.contiguous(),
         )
 
     def _convolve(
@@ -274,11 +339,20 @@ class DeltaMixer:
         state = cache.get_recurrent_state(self.layer_idx)
         if state is None or conv_state is None:
             return None, None
-        if state.shape[0] != documents:
+        slots = getattr(cache, "state_indices", None)
+        held = state.shape[0] if slots is None else slots.shape[0]
+        if held != documents:
             raise ValueError(
-                f"cache holds {state.shape[0]} documents for layer {self.layer_idx}, "
+                f"cache holds {held} documents for layer {self.layer_idx}, "
                 f"this call brings {documents}"
             )
+        if slots is not None:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "cache is a pool of states that is updated in place, which autograd cannot "
+                    "follow: expected a call under torch.no_grad(), got gradients enabled"
+                )
+            return conv_state, state
         if torch.is_grad_enabled() or _is_frozen(state):
             # A cache that writes in place would overwrite what the backward pass needs.
             state, conv_state = state.clone(), conv_state.clone()
@@ -298,6 +372,22 @@ class DeltaMixer:
         held = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
         if held[0] is not conv_state or held[1] is not state:
             self._write(cache, conv_state, state, state.shape[0])
+
+
+def _longest(x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> int:
+    """The most tokens that a document can have, by what the host knows."""
+    if cu_seqlens is not None and cu_seqlens_cpu is None and cu_seqlens.is_cpu:
+        cu_seqlens_cpu = cu_seqlens
+    if cu_seqlens_cpu is None or cu_seqlens_cpu.shape[0] < 2 or torch.compiler.is_compiling():
+        return x.shape[1]
+    return int((cu_seqlens_cpu[1:] - cu_seqlens_cpu[:-1]).max())
+
+
+def _needs_modules() -> bool:
+    """Whether a projection must be its module's own call: for gradients, casts, the compiler."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    return torch._C._is_any_autocast_enabled()
 
 
 def _is_frozen(state: Tensor) -> bool:

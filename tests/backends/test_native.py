@@ -3,6 +3,7 @@ algorithms, against the float64 recurrence. Every tensor lies between guard band
 
 import ctypes
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -39,13 +40,15 @@ class CTensor(ctypes.Structure):
 class KdaArgs(ctypes.Structure):
     _fields_ = [
         *((name, CTensor) for name in ("q", "k", "v", "g", "beta", "output")),
-        *((name, CTensor) for name in ("initial_state", "final_state")),
+        *((name, CTensor) for name in ("initial_state", "final_state", "token_states")),
+        ("state_indices", c_void_p),
+        ("num_states", c_int64),
         *((name, c_void_p) for name in ("A_log", "dt_bias", "cu_seqlens")),
         *((name, c_int64) for name in ("num_seqs", "seq_len", "total_tokens")),
         *((name, c_int64) for name in ("heads_qk", "heads_v")),
         *((name, c_float) for name in ("scale", "lower_bound")),
-        *((name, c_int32) for name in ("cu_seqlens_is_64bit", "gate", "flags", "algorithm")),
-        ("threads", c_int32),
+        *((name, c_int32) for name in ("cu_seqlens_is_64bit", "state_indices_is_64bit")),
+        *((name, c_int32) for name in ("gate", "flags", "algorithm", "threads")),
     ]
 
 
@@ -308,6 +311,83 @@ def test_mixed_dtypes(mixed: str, isa: str, algorithm: int) -> None:
 
 
 # ---- memory -------------------------------------------------------------------------------------
+
+
+def point_into(args: KdaArgs, pool: Tensor, indices: Tensor) -> None:
+    strides = (c_int64 * 3)(*pool.stride()[:3])
+    args.initial_state = CTensor(pool.data_ptr(), strides, native.DTYPE_CODES[pool.dtype])
+    args.final_state = args.initial_state
+    args.state_indices, args.num_states = indices.data_ptr(), pool.shape[0]
+    args.state_indices_is_64bit = int(indices.dtype == torch.int64)
+
+
+@pytest.mark.parametrize("state_v_first", [True, False], ids=["value-first", "key-first"])
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, fp16], ids=str)
+@pytest.mark.parametrize("lens", [None, [1, 1, 1, 1], [40, 1, 0, 70]], ids=str)
+def test_slots_of_a_pool(
+    lens: list[int] | None, dtype: torch.dtype, state_v_first: bool, isa: str, algorithm: int
+) -> None:
+    """The same bits as from states side by side, in guarded memory; other slots are not touched."""
+    case = draw(B=4, T=21, Hqk=1, Hv=3, lens=lens, dtype=dtype, state_v_first=state_v_first)
+    own = case.tensors["initial_state"].to(dtype)
+    kinds = itertools.product(([3, -1, 0, 4], [-1, 5, -(2**31), 2**31 - 1]), ("int32", "int64"))
+    for slots, kind in kinds:
+        inside = [n for n, i in enumerate(slots) if 0 <= i < 5]
+        case.tensors["initial_state"] = torch.zeros_like(own)
+        case.tensors["initial_state"][inside] = own[inside]
+        expected = run(case, algorithm)
+        pool, buffer = guarded(torch.full((5, *own.shape[1:]), math.nan, dtype=dtype), SENTINEL)
+        for n in inside:
+            pool[slots[n]] = own[n]
+        indices = torch.tensor(slots, dtype=getattr(torch, kind))
+        output = torch.full_like(case.tensors["v"], math.nan)
+        for threads in (1, 8):
+            held = buffer.clone()
+            args, keep = arguments(
+                case.tensors, output, None, algorithm=algorithm, threads=threads, **case.options
+            )
+            point_into(args, pool, indices)
+            assert library().mate_kda_forward(bytes(args)) == 0
+            del keep
+            assert torch.equal(output, expected[0])
+            for n in inside:
+                assert torch.equal(pool[slots[n]], expected[1][n])
+            found = buffer.clone()
+            buffer.copy_(held)
+            for n in inside:
+                pool[slots[n]] = expected[1][n]
+            assert torch.equal(found.nan_to_num(7.0), buffer.nan_to_num(7.0)), "written elsewhere"
+            buffer.copy_(held)
+
+
+@pytest.mark.parametrize("state_v_first", [True, False], ids=["value-first", "key-first"])
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, fp16], ids=str)
+@pytest.mark.parametrize("T", [1, 5, 70])
+def test_states_after_each_token(T: int, dtype: torch.dtype, state_v_first: bool, isa: str) -> None:
+    """Each is the final state of the tokens up to it, in guarded memory."""
+    case = draw(B=2, T=T, Hqk=1, Hv=2, state_v_first=state_v_first)
+    case.tensors["initial_state"] = case.tensors["initial_state"].to(dtype)
+    shape = (*case.tensors["v"].shape, 128)
+    states, buffer = guarded(torch.full(shape, math.nan, dtype=dtype), SENTINEL)
+    output = torch.full_like(case.tensors["v"], math.nan)
+    for threads in (1, 8):
+        args, keep = arguments(case.tensors, output, None, threads=threads, **case.options)
+        strides = (c_int64 * 3)(*states.stride()[:3])
+        args.token_states = CTensor(states.data_ptr(), strides, native.DTYPE_CODES[dtype])
+        assert library().mate_kda_forward(bytes(args)) == UNSUPPORTED  # by another algorithm
+        args.algorithm = native.RECURRENT
+        assert library().mate_kda_forward(bytes(args)) == 0
+        del keep
+        assert (torch.cat([buffer[:GUARD], buffer[-GUARD:]]) == SENTINEL).all()
+        assert rel_rms(output, run(case, native.RECURRENT)[0].double()) < OUTPUT[torch.float32]
+        for t in {0, T // 2, T - 1}:
+            prefix = {k: x[:, : t + 1] if x.dim() > 2 and k != "initial_state" else x
+                      for k, x in case.tensors.items()}  # fmt: skip
+            prefix = Case({k: x.contiguous() for k, x in prefix.items()}, case.options)
+            final = run(prefix, native.RECURRENT)[1]
+            # a single token on a state [K, V] has a kernel of its own
+            same = torch.equal(states[:, t], final)
+            assert same or (t == 0 and rel_rms(states[:, t], final.double()) < 4e-3)
 
 
 @pytest.mark.parametrize("state_v_first", [True, False], ids=["value-first", "key-first"])

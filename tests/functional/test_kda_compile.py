@@ -31,10 +31,20 @@ def test_opcheck_out_and_backward():
     case = draw(T=17, Hv=4)
     inputs = op_inputs(case, False)
     output, state = torch.zeros(1, 17, 4, 128), torch.zeros(1, 4, 128, 128)
-    torch.library.opcheck(torch.ops.mate.kda_out.default, (*inputs, False, output, state))
+    torch.library.opcheck(
+        torch.ops.mate.kda_out.default, (*inputs, False, output, state, None, None)
+    )
     without = list(inputs)
     without[6] = None
-    torch.library.opcheck(torch.ops.mate.kda_out.default, (*without, True, output, state))
+    torch.library.opcheck(
+        torch.ops.mate.kda_out.default, (*without, True, output, state, None, None)
+    )
+    pool, tokens = torch.zeros(3, 4, 128, 128), torch.zeros(1, 17, 4, 128, 128)
+    recurrent = (*without[:-1], True)
+    torch.library.opcheck(
+        torch.ops.mate.kda_out.default,
+        (*recurrent, True, output, pool, torch.tensor([2]), tokens),
+    )
     torch.library.opcheck(torch.ops.mate.kda_backward.default, (output, state, *inputs))
 
 
@@ -108,6 +118,35 @@ def test_compile_in_place_decode():
         found = compiled(**case.tensors, state=states[0])
         expected = step(**case.tensors, state=states[1])
     assert torch.equal(found, expected) and torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("operator", [mate.chunk_kda, mate.recurrent_kda])
+def test_compile_a_step_on_a_pool(operator):
+    def step(pool, indices, **inputs):
+        return operator(**inputs, initial_state=pool, final_state=pool, state_indices=indices) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    case = draw(B=3, T=5, state=False)
+    for indices in ([2, -1, 0], [1, 3, 2]):
+        pools = [torch.ones(4, 2, 128, 128), torch.ones(4, 2, 128, 128)]
+        index = torch.tensor(indices)
+        found = compiled(pools[0], index, **case.kwargs())
+        assert torch.equal(found, step(pools[1], index, **case.kwargs()))
+        assert torch.equal(pools[0], pools[1]) and not torch.all(pools[0] == 1)
+
+
+def test_compile_token_states():
+    def step(token_states, **inputs):
+        return mate.recurrent_kda(**inputs, token_states=token_states)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    case = draw(B=2, T=3)
+    found, expected = torch.zeros(2, 2, 3, 2, 128, 128)
+    y = compiled(found, **case.kwargs())
+    assert torch.equal(y, step(expected, **case.kwargs()))
+    assert torch.equal(found, expected) and torch.count_nonzero(found)
 
 
 def test_export_with_dynamic_length():

@@ -87,8 +87,61 @@ def test_fused_is_the_same_as_step_by_step(
 
 def test_opcheck() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        args = (*draw(dtype).values(), 1e-5, None, False, True)
-        torch.library.opcheck(torch.ops.mate.kda_decode_step.default, args)
+        for indices in (None, torch.tensor([1, 0])):
+            args = (*draw(dtype).values(), 1e-5, None, False, True, indices)
+            torch.library.opcheck(torch.ops.mate.kda_decode_step.default, args)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "pytorch"])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slots_of_a_pool(
+    dtype: torch.dtype, index: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row as from its own slot; outside the pool from zeros; other slots keep their bits."""
+    if not native:
+        monkeypatch.setattr(native_layer, "serves", lambda *_: False)
+    t = draw(dtype)
+    for indices in ([3, 1], [0, -1], [-1, 99], [-7, 4]):
+        pools = {
+            "conv_state": torch.randn(5, 5 * D, W).to(dtype),
+            "state": torch.randn(5, HV, D, D),
+        }
+        if native:  # what must not be read
+            for x in pools.values():
+                x[[i for i in range(5) if i not in indices]] = torch.nan
+        before = {name: x.clone() for name, x in pools.items()}
+        used = [i if 0 <= i < 5 else None for i in indices]
+        own = {
+            name: torch.stack([torch.zeros_like(x[0]) if i is None else x[i] for i in used])
+            for name, x in before.items()
+        }
+        expected = kda_decode_step(*(t | own).values())
+        options = {"state_indices": torch.tensor(indices, dtype=index)}
+        assert torch.equal(kda_decode_step(*(t | pools).values(), **options), expected)
+        for name, x in pools.items():
+            for row, i in enumerate(used):
+                if i is not None:
+                    before[name][i] = own[name][row]
+            assert torch.equal(x.nan_to_num(7.5), before[name].nan_to_num(7.5)), name
+
+
+def test_errors_of_indices() -> None:
+    t = draw()
+    for indices, error, message in (
+        (torch.tensor([0]), ValueError, r"state_indices must be \[2\].*\(1,\)"),
+        (torch.tensor([0.0, 1.0]), TypeError, r"state_indices must be torch.int32.*float32"),
+        (torch.tensor([0, 1], device="meta"), ValueError, r"state_indices must be on cpu.*meta"),
+        (torch.tensor([1, 1]), ValueError, r"state_indices .*slot of its own, got 1 twice"),
+        (torch.arange(4)[::2], ValueError, r"state_indices must be \[2\] and contiguous"),
+    ):
+        before = t["state"].clone()
+        with pytest.raises(error, match=message):
+            kda_decode_step(*t.values(), state_indices=indices)
+        assert torch.equal(t["state"], before)
+    with pytest.raises(ValueError, match=r"conv_state must be \[7, 640, 4\]"):
+        pool = {"state": torch.zeros(7, HV, D, D)}
+        kda_decode_step(*(t | pool).values(), state_indices=torch.tensor([0, 1]))
 
 
 # ---- in the layer -------------------------------------------------------------------------------
