@@ -66,6 +66,11 @@ MATE_INLINE __m512i pack_pairs(Vec lo, Vec hi) {
   return _mm512_permutexvar_epi16(turns, pack(lo, hi));
 }
 
+// pack_pairs of numbers that are rounded towards zero.
+MATE_INLINE __m512i cut_pairs(Vec lo, Vec hi) {
+  return (__m512i)(((UintVec)lo >> 16) | ((UintVec)hi & 0xffff0000u));
+}
+
 // x = high + low, where high is a bf16 number: two bf16 operands instead of one keep 16 bits.
 struct Split {
   Vec high, low;
@@ -76,17 +81,11 @@ MATE_INLINE Split split(Vec x) {
   return {high, x - high};
 }
 
-MATE_INLINE void store_bits(Bf16* p, __m512i x) { _mm512_store_si512(p, x); }
+// NaNs with the highest payloads would overflow to numbers in products.h's store_rows; those that
+// 16-bit inputs make do not.
+MATE_INLINE Vec plain_nan(Vec x) { return x != x ? splat(__builtin_nanf("")) : x; }
 
-// Transposes 16 rows of 16 pairs of bf16.
-MATE_INLINE void transpose_pairs(__m512i (&x)[16]) {
-  Vec rows[16];
-  MATE_UNROLL
-  for (int i = 0; i < 16; ++i) rows[i] = (Vec)x[i];
-  transpose(rows);
-  MATE_UNROLL
-  for (int i = 0; i < 16; ++i) x[i] = (__m512i)rows[i];
-}
+MATE_INLINE void store_bits(Bf16* p, __m512i x) { _mm512_store_si512(p, x); }
 
 }  // namespace MATE_ISA
 }  // namespace mate

@@ -127,9 +127,8 @@ void Plan::choose_cut() {
 
 void Plan::size_scratch() {
   const int64_t rows = static_cast<int64_t>(kDim) * (kDim / slices_);
-  const int64_t state = rows + rows / 2;  // AMX: in fp32 and in bf16
   const auto need = [&](int64_t length) -> int64_t {
-    if (!recurrent(length)) return kSpanFloats + std::min(heads_, args_.heads_v) * state;
+    if (!recurrent(length)) return kSpanFloats + std::min(heads_, args_.heads_v) * rows;
     const int64_t burst = std::min<int64_t>(length, kBurst);
     return burst * kTokenFloats + (length <= kBurst ? kDim * kMaxWidth : rows);
   };

@@ -1,5 +1,5 @@
-// The upper levels of the AMX kernel's tree of decays: tile products make L and P, and k_in, q_in
-// and k_out become operands for the products with the state. See span.h.
+// The AMX kernel's tree of decays, four tokens at a time. What a pair of tokens in different blocks
+// of 4 needs is an operand for tile products: it leaves as bf16. See span.h.
 #pragma once
 
 #include "span.h"
@@ -7,214 +7,198 @@
 namespace mate {
 namespace MATE_ISA {
 
-MATE_INLINE Vec square_root(Vec x) { return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x); }
+// Lane i of the result is the sum of x[i]'s lanes, in memory.
+MATE_INLINE void sum_into(float (&sums)[kWidth], Vec (&x)[kWidth]) { store(sums, sum_each(x)); }
 
-MATE_INLINE VecPair load_two(const float* p) { return {load(p), load(p + kWidth)}; }
-MATE_INLINE VecPair times(VecPair a, VecPair b) { return {a.even * b.even, a.odd * b.odd}; }
-MATE_INLINE void store_bf16(Bf16* p, VecPair x) { store_bits(p, pack(x.even, x.odd)); }
+// Norms and the diagonal of P.
+template <int32_t kDtype>
+MATE_INLINE void load_norms(const void* const* q_rows, const void* const* k_rows, int t0,
+                            Span& span) {
+  alignas(64) float sums[kWidth];
+  Vec x[kWidth] = {};
+  for (int c = 0; c < kDim; c += 32) {
+    MATE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const VecPair q = load_pair<kDtype>(q_rows[i], c), k = load_pair<kDtype>(k_rows[i], c);
+      x[i] = x[i] + q.even * q.even;
+      x[i] = x[i] + q.odd * q.odd;
+      x[4 + i] = x[4 + i] + k.even * k.even;
+      x[4 + i] = x[4 + i] + k.odd * k.odd;
+      x[8 + i] = x[8 + i] + q.even * k.even;
+      x[8 + i] = x[8 + i] + q.odd * k.odd;
+    }
+  }
+  sum_into(sums, x);
+  for (int i = 0; i < 4; ++i) {
+    span.q_norm[t0 + i] = sums[i];
+    span.k_norm[t0 + i] = sums[4 + i];
+    span.P[t0 + i][t0 + i] = sums[8 + i];
+  }
+}
 
-// Makes blocks of 8 tokens out of 4 and 4, after setting aside the operands of L and P between
-// these.
-static void join_fours(int half, Span& span) {
-  for (int block = 0; block < kHalf; block += 8) {
-    const int right = block + 4, left = half * kHalf + block, to = block / 2;
-    for (int c = 0; c < kDim; c += 32) {
-      const VecPair e_left = load_two(span.e[block] + c), e_right = load_two(span.e[right] + c);
+// The two lowest levels: L and P among four tokens, and k_in, q_in and k_out over them.
+template <int32_t kDtype>
+MATE_INLINE void join_tokens(const void* const* q_rows, const void* const* k_rows, int t0,
+                             Span& span) {
+  Vec y[kWidth] = {};
+  for (int c = 0; c < kDim; c += 32) {
+    VecPair q[4], k[4];
+    MATE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      q[i] = load_pair<kDtype>(q_rows[i], c);
+      k[i] = load_pair<kDtype>(k_rows[i], c);
+    }
+    MATE_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      const int p = c + part * kWidth;
+      Vec e[4], k_in[4], q_in[4], k_out[4];
       MATE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const VecPair k = load_two(span.k_in[right + i] + c),
-                      q = load_two(span.q_in[right + i] + c);
-        const VecPair out = load_two(span.k_out[left + i] + c);
-        store_bf16(span.right[0][to + i] + c, k);
-        store_bf16(span.right[0][8 + to + i] + c, q);
-        store_bf16(span.left[to + i] + c, out);
-        store_pair(span.k_in[right + i] + c, times(k, e_left));
-        store_pair(span.q_in[right + i] + c, times(q, e_left));
-        store_pair(span.k_out[left + i] + c, times(out, e_right));
+        e[i] = load(span.e[t0 + i] + p);
+        k_out[i] = part ? k[i].odd : k[i].even;
+        k_in[i] = k_out[i] * e[i];
+        q_in[i] = (part ? q[i].odd : q[i].even) * e[i];
       }
-      store_pair(span.e[block] + c, times(e_left, e_right));
-    }
-  }
-}
-
-// k_in and q_in of one token as operands. `before`: the first half's decay, for the second half.
-MATE_INLINE void store_reads(int half, int i, int c, VecPair k, VecPair q, const float* before,
-                             Span& span) {
-  if (half == 1) {
-    store_bf16(span.last_right[0][i] + c, k);
-    store_bf16(span.last_right[1][i] + c, q);
-    const VecPair e = load_two(before + c);
-    k = times(k, e);
-    q = times(q, e);
-  }
-  const int row = half * kHalf + i;
-  store_bf16(span.read[0][row] + c, k);
-  store_bf16(span.read[1][row] + c, q);
-}
-
-// The same for blocks of 8 and 8 tokens, which completes k_in and q_in of this half.
-template <int kWhich>
-static void join_eights(const float* before, Span& span) {
-  const int first = kWhich * kHalf;
-  for (int c = 0; c < kDim; c += 32) {
-    const VecPair e_left = load_two(span.e[0] + c), e_right = load_two(span.e[8] + c);
-    for (int i = 0; i < 8; ++i) {
-      const VecPair out = load_two(span.k_out[first + i] + c);
-      store_bf16(span.left[8 + i] + c, out);
-      const VecPair after = times(out, e_right);
-      store_pair(span.k_out[first + i] + c, after);
-      if (kWhich == 0) {
-        store_bf16(span.last_left[i] + c, after);
-        store_bf16(span.last_left[8 + i] + c, load_two(span.k_out[8 + i] + c));
+      MATE_UNROLL
+      for (int i = 0; i < 4; i += 2) {  // tokens i, i + 1
+        y[i] += k_in[i + 1] * k_out[i];
+        y[i + 1] += q_in[i + 1] * k_out[i];
+        k_in[i + 1] *= e[i];
+        q_in[i + 1] *= e[i];
+        k_out[i] *= e[i + 1];
       }
-      store_reads(kWhich, i, c, load_two(span.k_in[i] + c), load_two(span.q_in[i] + c), before,
-                  span);
-      const VecPair k = load_two(span.k_in[8 + i] + c), q = load_two(span.q_in[8 + i] + c);
-      store_bf16(span.right[1][i] + c, k);
-      store_bf16(span.right[1][8 + i] + c, q);
-      store_reads(kWhich, 8 + i, c, times(k, e_left), times(q, e_left), before, span);
-    }
-    store_pair(span.e[0] + c, times(e_left, e_right));
-  }
-}
-
-// k_out transposed, the first half's rows also decayed through the second half. Here, and only
-// here, an operand is split into two: what the rounding of a key writes into the state lies in
-// other keys' directions, where no later token corrects it.
-static void finish_writes(const float* second, Span& span) {
-  for (int c = 0; c < kDim; c += kWidth) {
-    const Vec after = load(second + c);
-    __m512i high[16], low[16];
-    MATE_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      Vec a = load(span.k_out[2 * i] + c), b = load(span.k_out[2 * i + 1] + c);
-      if (i < 8) {
-        a *= after;
-        b *= after;
+      const Vec first = e[0] * e[1], second = e[2] * e[3];
+      MATE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        MATE_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          y[4 + 2 * i + j] += k_in[2 + i] * k_out[j];
+          y[8 + 2 * i + j] += q_in[2 + i] * k_out[j];
+        }
       }
-      const Split x = split(a), y = split(b);
-      high[i] = pack_pairs(x.high, y.high);
-      low[i] = pack_pairs(x.low, y.low);
+      MATE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        k_in[2 + i] *= first;
+        q_in[2 + i] *= first;
+        k_out[i] *= second;
+      }
+      MATE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        store(span.k_in[i] + p, k_in[i]);
+        store(span.q_in[i] + p, q_in[i]);
+        store(span.k_out[i] + p, k_out[i]);
+      }
     }
-    transpose_pairs(high);
-    transpose_pairs(low);
-    MATE_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      store_bits(span.write[0][c + i], high[i]);
-      store_bits(span.write[1][c + i], low[i]);
+  }
+  alignas(64) float sums[kWidth];
+  sum_into(sums, y);
+  for (int i = 0; i < 4; i += 2) {
+    span.L[t0 + i + 1][t0 + i] = sums[i];
+    span.P[t0 + i + 1][t0 + i] = sums[i + 1];
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      span.L[t0 + 2 + i][t0 + j] = sums[4 + 2 * i + j];
+      span.P[t0 + 2 + i][t0 + j] = sums[8 + 2 * i + j];
     }
   }
 }
 
-// Rows of keys as a B operand.
-static void make_columns(const Bf16 (*rows)[kDim], Bf16 (*columns)[kHalf][2]) {
+// k_in and q_in of four tokens through the levels above: where a block of `four`s lies on the
+// right, they are operands of L and P, and then decay through the block on the left as well.
+MATE_INLINE void store_readers(int four, Span& span) {
+  const int half = four / 4, in_half = four % 4;
+  Bf16(*right8)[kDim] = span.right[half][0] + four % 4 / 2 * 4;
+  Bf16(*right16)[kDim] = span.right[half][1] + four % 2 * 4;
   for (int c = 0; c < kDim; c += 32) {
-    __m512i x[16];
-    MATE_UNROLL
-    for (int i = 0; i < 16; ++i) x[i] = _mm512_load_si512(rows[i] + c);
-    transpose_pairs(x);
-    MATE_UNROLL
-    for (int i = 0; i < 16; ++i) store_bits(columns[c / 2 + i][0], x[i]);
+    for (int i = 0; i < 4; ++i) {
+      VecPair k = load_two(span.k_in[i] + c), q = load_two(span.q_in[i] + c);
+      if (four % 2) {
+        store_bf16(right8[i] + c, k);
+        store_bf16(right8[8 + i] + c, q);
+        const VecPair e = load_two(span.over4[four - 1] + c);
+        k = times(k, e);
+        q = times(q, e);
+      }
+      if (in_half >= 2) {
+        store_bf16(right16[i] + c, k);
+        store_bf16(right16[8 + i] + c, q);
+        const VecPair e = load_two(span.over8[2 * half] + c);
+        k = times(k, e);
+        q = times(q, e);
+      }
+      if (half) {
+        store_bf16(span.last_right[0][4 * in_half + i] + c, k);
+        store_bf16(span.last_right[1][4 * in_half + i] + c, q);
+        const VecPair e = load_two(span.over16[0] + c);
+        k = times(k, e);
+        q = times(q, e);
+      }
+      store_bf16(span.read[0][4 * four + i] + c, k);
+      store_bf16(span.read[1][4 * four + i] + c, q);
+    }
   }
 }
 
-// x[0] = rows of a times the columns, x[1] = rows of b times them.
-MATE_INLINE void multiply(const Bf16 (*a)[kDim], const Bf16 (*b)[kDim],
-                          const Bf16 (*columns)[kHalf][2], float (*x)[kHalf][kHalf]) {
-  finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
+// Tokens in turns, a and b of the same channel side by side, in two parts. Here, and only here, an
+// operand is split: what the rounding of a key writes into the state lies in other keys'
+// directions, where no later token corrects it.
+MATE_INLINE void store_split_pairs(Bf16* high, Bf16* low, Vec a, Vec b) {
+  const Split x = split(a), y = split(b);
+  store_bits(high, cut_pairs(x.high, y.high));
+  store_bits(low, cut_pairs(x.low, y.low));
+}
+
+// The same of k_out, the mirror image: blocks on the left.
+MATE_INLINE void store_writers(int four, Span& span) {
+  const int half = four / 4, in_half = four % 4;
+  Bf16(*left8)[kDim] = span.left[half] + four % 4 / 2 * 4;
+  Bf16(*left16)[kDim] = span.left[half] + 8 + four % 2 * 4;
   for (int c = 0; c < kDim; c += 32) {
-    _tile_loadd(4, a[0] + c, 2 * kDim);
-    _tile_loadd(5, b[0] + c, 2 * kDim);
-    _tile_loadd(6, columns[c / 2], 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-  }
-  _tile_stored(0, x[0], 64);
-  _tile_stored(1, x[1], 64);
-}
-
-// L and P inside one half of the span, from blocks of 8 tokens on.
-static void fill_half(int half, Span& span) {
-  alignas(64) float x[2][kHalf][kHalf];
-  multiply(span.right[0], span.right[1], span.left_columns, x);
-  const int first = half * kHalf;
-  for (int i = 0; i < 8; ++i) {
-    const int block = i / 4 * 8, row = first + block + 4 + i % 4;
-    __builtin_memcpy(span.L[row] + first + block, x[0][i] + block / 2, 4 * sizeof(float));
-    __builtin_memcpy(span.P[row] + first + block, x[0][8 + i] + block / 2, 4 * sizeof(float));
-    __builtin_memcpy(span.L[first + 8 + i] + first, x[1][i] + 8, 8 * sizeof(float));
-    __builtin_memcpy(span.P[first + 8 + i] + first, x[1][8 + i] + 8, 8 * sizeof(float));
-  }
-}
-
-// L and P between the span's halves.
-static void fill_corner(Span& span) {
-  alignas(64) float x[2][kHalf][kHalf];
-  multiply(span.last_right[0], span.last_right[1], span.last_left_columns, x);
-  for (int i = 0; i < kHalf; ++i) {
-    store(span.L[kHalf + i], load(x[0][i]));
-    store(span.P[kHalf + i], load(x[1][i]));
-  }
-}
-
-// The factors of rows, L as the solve wants it, P and L's corner as operands.
-static void finish_LP(const mate_kda_args& args, const WorkItem& item, int64_t token, int n,
-                      int64_t head, Span& span) {
-  load_beta(args, item.batch, token, n, head, span.beta);
-  for (int i = n; i < kSpan; ++i) span.beta[i] = 0.0f;
-  for (int i = 0; i < kSpan; i += kWidth) {
-    Vec key = splat(1.0f), query = key;
-    if (args.flags & MATE_L2NORM) {
-      key = key / square_root(load(span.k_norm + i) + kNormEps);
-      query = query / square_root(load(span.q_norm + i) + kNormEps);
+    VecPair x[4];
+    MATE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      x[i] = load_two(span.k_out[i] + c);
+      if (four % 2 == 0) {
+        store_bf16(left8[i] + c, x[i]);
+        x[i] = times(x[i], load_two(span.over4[four + 1] + c));
+      }
+      if (in_half < 2) {
+        store_bf16(left16[i] + c, x[i]);
+        x[i] = times(x[i], load_two(span.over8[2 * half + 1] + c));
+      }
+      if (!half) {
+        store_bf16(span.left[2][4 * in_half + i] + c, x[i]);
+        x[i] = times(x[i], load_two(span.over16[1] + c));
+      }
     }
-    store(span.output_scale + i, query * args.scale);
-    store(span.v_scale + i, key * load(span.beta + i));
-    store(span.read_scale + i, key * load(span.beta + i) * key);
-  }
-  for (int i = 0; i < kHalf; ++i) {
-    const Split x = split(load(span.L[kHalf + i]));
-    store_bits(span.corner[i], pack(x.high, x.low));
-  }
-  for (int i = 0; i < kSpan; ++i) {
-    store_bf16(span.P_rows[i], load_two(span.P[i]));
-    const int block = i / kHalf * kHalf;
-    store(span.L[i] + block, load(span.L[i] + block) * -span.read_scale[i]);
+    MATE_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      Bf16(*high)[2] = span.k_out_pairs[0][2 * four + i / 2] + c;
+      Bf16(*low)[2] = span.k_out_pairs[1][2 * four + i / 2] + c;
+      store_split_pairs(high[0], low[0], x[i].even, x[i + 1].even);
+      store_split_pairs(high[kWidth], low[kWidth], x[i].odd, x[i + 1].odd);
+    }
   }
 }
 
-// Everything up to the products with the state, for tokens [token, token + n).
-static void load_span(const mate_kda_args& args, const WorkItem& item, const HeadGate& gate,
-                      int64_t token, int n, int64_t head, LaterRows& later, Span& span) {
-  alignas(64) float first[kDim];  // the first half's decay
-  __builtin_memset(span.total, 0, sizeof(span.total));
-  for (int half = 0; half < 2; ++half) {
-    const int64_t start = token + half * kHalf;
-    const int left = n - half * kHalf, count = left < 0 ? 0 : left < kHalf ? left : kHalf;
-    load_gates(args, item, gate, start, count, head, later, span);
-    if (half == 1) fill_half(0, span);  // not earlier: its operands must first reach the cache
-    if (args.q.dtype == MATE_BFLOAT16) {
-      load_fours<MATE_BFLOAT16>(args, item, start, count, head, half, later, span);
-    } else {
-      load_fours<MATE_FLOAT16>(args, item, start, count, head, half, later, span);
-    }
-    join_fours(half, span);
-    if (half == 0) {
-      join_eights<0>(nullptr, span);
-      __builtin_memcpy(first, span.e[0], sizeof(first));
-      make_columns(span.last_left, span.last_left_columns);
-    } else {
-      join_eights<1>(first, span);
-    }
-    make_columns(span.left, span.left_columns);
+// Four tokens; those from n on are absent, which rows of zeros make neutral.
+template <int32_t kDtype>
+static void load_four(const mate_kda_args& args, const WorkItem& item, int64_t token, int n,
+                      int64_t head, int four, Span& span) {
+  const int64_t head_qk = head / (args.heads_v / args.heads_qk);
+  const void *q_rows[4], *k_rows[4];
+  for (int i = 0; i < 4; ++i) {
+    const int t = 4 * four + i;
+    q_rows[i] =
+        t < n ? row(args.q, item.batch, token + t, head_qk) : reinterpret_cast<const char*>(kZeros);
+    k_rows[i] =
+        t < n ? row(args.k, item.batch, token + t, head_qk) : reinterpret_cast<const char*>(kZeros);
   }
-  finish_writes(span.e[0], span);
-  fill_half(1, span);
-  fill_corner(span);
-  finish_LP(args, item, token, n, head, span);
-  for (int c = 0; c < kDim; c += kWidth) store(span.decay + c, exp(load(span.total + c)));
+  load_norms<kDtype>(q_rows, k_rows, 4 * four, span);
+  join_tokens<kDtype>(q_rows, k_rows, 4 * four, span);
+  store_readers(four, span);
+  store_writers(four, span);
 }
 
 }  // namespace MATE_ISA
