@@ -1,4 +1,4 @@
-"""KDA on a GPU: mate against flash-linear-attention and cuDNN's Python front end.
+"""KDA on a GPU: mate against flash-linear-attention and cuDNN's Python front end; decoding.
 
     python benchmarks/gpu.py            # everything; writes docs/benchmarks/gpu.md and gpu.png
     python benchmarks/gpu.py --quick    # two shapes; writes to out/benchmarks
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_decode
 import torch
 from cases import BOUNDS, Case, D, draw, relative_error
 from report import bars, table
@@ -305,6 +306,9 @@ def main() -> int:
             times = medians(path, args.rounds)
             softplus[regime] = times["softplus"] / times["bounded"]
         hard = hard_errors(names)
+        decoding = gpu_decode.section(
+            rate, args.rounds, lambda call: medians({OURS: call}, args.rounds)[OURS]
+        )
         minutes = (time.perf_counter() - began) / 60
 
     header = ("shape", *names, "floor", "over floor", "times faster than the best peer")
@@ -334,6 +338,7 @@ def main() -> int:
         f"Softplus gate against the bounded one, {shapes[0]}: "
         + ", ".join(f"{x:.2f} times ({name})" for name, x in softplus.items())
         + ".",
+        *decoding,
         f"First result after `import mate`: {first_call_seconds():.2f} s, in a process that has "
         "used the GPU before.",
     ]

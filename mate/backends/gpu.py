@@ -6,7 +6,6 @@ work queued on the same stream only, so that what a call made for itself may be 
 kernels have run.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -85,20 +84,19 @@ def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -
     return unusable(device)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Makes a device the current one, which the library asks for its size and launches on."""
-    torch_device = runtime(device.type)
-    here = device.index == torch_device.current_device()
-    return contextlib.nullcontext() if here else torch_device.device(device)
-
-
 def queue(function: str, device: torch.device, *arguments: bytes | int | None) -> None:
-    """Calls a function of the device's library for PyTorch's current stream."""
+    """Calls a function of the device's library for PyTorch's current stream.
+
+    It launches on the current device, and asks that for its size.
+    """
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
-    with _on(device):
+    if device.index == runtime(device.type).current_device():
         status = getattr(lib, function)(*arguments, stream_of(device))
+    else:
+        with runtime(device.type).device(device):
+            status = getattr(lib, function)(*arguments, stream_of(device))
     if status == LAUNCH_FAILED:
         said = lib.mate_gpu_last_error().decode()
         raise RuntimeError(f"{function}: a kernel was not launched: {said}")
@@ -123,6 +121,6 @@ def _workspace(packed: bytes, device: torch.device) -> Tensor:
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
-    with _on(device):
+    with runtime(device.type).device(device):  # it asks for the size of the current one
         size = max(0, lib.mate_gpu_kda_workspace(packed))
-        return torch.empty(size, dtype=torch.uint8, device=device)
+    return torch.empty(size, dtype=torch.uint8, device=device)
