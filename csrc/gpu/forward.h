@@ -90,9 +90,13 @@ bool launch_prepare(Params p, int64_t begin, int64_t end, bool early, void* stre
                                static_cast<int>(sizeof(PrepareShared)), stream, p, early);
 }
 
-// While a slab is scanned, on some of the multiprocessors, the next is prepared on the others. Of
-// launches that overlap each begins when all of the one before runs and what is before that has
-// ended: `prepare` waits for nothing but room in the ring, all others for the launch before them.
+// While a slab is scanned, on some of the multiprocessors, the next is prepared on the others.
+//
+// A launch that overlaps may begin when all blocks of the one before it run. What makes that safe,
+// and every launch must keep: no launch ends before the one before it has. `prepare` sees to it
+// with its last block alone, and begins at once, as far as there is room in the ring; all others
+// wait for the launch before them first. So where a launch begins, all but the last before it have
+// ended.
 template <int32_t kDtype>
 bool launch_slabs(Params p, const Layout& layout, float* carry, void* stream) {
   const int slice = choose_slice(p.args, layout);
@@ -126,8 +130,8 @@ bool launch_slabs(Params p, const Layout& layout, float* carry, void* stream) {
   return true;
 }
 
-inline bool launch_all(const mate_kda_args& args, char* workspace, void* stream) {
-  const Layout layout(args);
+inline bool launch_all(const mate_kda_args& args, const Layout& layout, char* workspace,
+                       void* stream) {
   Params p = {};
   p.args = args;
   p.bounds = reinterpret_cast<int64_t*>(workspace);
@@ -164,7 +168,8 @@ MATE_EXPORT int32_t mate_abi_version(void) { return MATE_ABI_VERSION; }
 
 MATE_EXPORT int64_t mate_gpu_kda_workspace(const mate_kda_args* args) {
   if (args->algorithm == MATE_RECURRENT) return mate::gpu::serves_recurrent(*args) ? 0 : -1;
-  return mate::gpu::serves(*args) ? mate::gpu::Layout(*args).bytes : -1;
+  if (!mate::gpu::serves(*args)) return -1;
+  return args->heads_v == 0 ? 0 : mate::gpu::Layout(*args).bytes;
 }
 
 MATE_EXPORT int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* stream) {
@@ -178,7 +183,7 @@ MATE_EXPORT int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* worksp
       args->num_seqs + layout.slots > most / (4 * args->heads_v)) {
     return MATE_UNSUPPORTED;
   }
-  if (!launch_all(*args, static_cast<char*>(workspace), stream)) return MATE_LAUNCH_FAILED;
+  if (!launch_all(*args, layout, static_cast<char*>(workspace), stream)) return MATE_LAUNCH_FAILED;
   return MATE_OK;
 }
 

@@ -471,12 +471,13 @@ scan(const Params p) {
   }
   Rest rest;
   if (!rest.find(p, segment, head, slice)) return;
+  const bool cut = !last || !segment.is_first();
   if constexpr (Crew::kProducer) {
     Relay<kSlice, kStages, true> walk = {shared, 0};
     if (owner) {
       Crew::template begin_owner<true>();
       State s;
-      load_state(p, segment, head, value, s);
+      load_state(p, segment, cut, head, value, s);
       walk.template run<kDtype>(p, rest, s);
       if (last) store_state(p, segment.sequence, head, value, s);
     } else {
@@ -488,7 +489,7 @@ scan(const Params p) {
   Walk<kSlice, kStages, true> walk = {shared, 0};
   walk.begin(p, rest);
   State s;
-  if (owner) load_state(p, segment, head, value, s);
+  if (owner) load_state(p, segment, cut, head, value, s);
   walk.template run<kDtype>(p, rest, s);
   if (owner && last) store_state(p, segment.sequence, head, value, s);
 }

@@ -19,7 +19,7 @@ namespace gpu {
 
 // A map in two bf16 terms, as the right operands that join_segments wants:
 // [key tile][tile of rows][term][lane]
-constexpr int kMapSize = 2 * kDim * kDim;
+constexpr int kMapSize = 2 * kDim * kDim;  // as much memory as a state
 
 MATE_DEVICE uint16_t* map_at(const Params& p, int64_t slot, int64_t head, int key_tile,
                              int row_tile, int term) {
@@ -143,7 +143,19 @@ struct MapWork {
     if (mapped || dead || !segment.is_first()) {
       begin_map(mapped, row, s);
     } else {
-      load_state(p, segment, head, row, s);
+      load_start(p, segment.sequence, head, row, s);
+    }
+  }
+
+  // By the threads that own rows, for `scan`.
+  MATE_DEVICE void keep_start(const Params& p) const {
+    if (is_map || !segment.is_first()) return;
+    const int row_tile = thread_index() / 32;
+    State s;
+    load_start(p, segment.sequence, head, row_tile * kBlock, s);
+    MATE_UNROLL
+    for (int t = 0; t < kKeyTiles; ++t) {
+      store_tile(start_tile(p, slot, head, row_tile, t), s.tile[t]);
     }
   }
 
@@ -175,6 +187,7 @@ template <int32_t kDtype, int kStages, template <int, int, bool> class Walk>
 MATE_DEVICE void walk_map(const Params& p, ScanShared<kMapSlice, kStages>& shared) {
   MapWork work;
   if (!work.find(p)) return;
+  work.keep_start(p);
   Walk<kMapSlice, kStages, false> walk = {shared, 0};
   State s;
   const bool dead = work.each_walk(p, [&](const Rest& now, bool mapped, bool dead) {

@@ -65,6 +65,12 @@ MATE_DEVICE float* end_tile(const Params& p, int64_t slot, int64_t head, int row
                             int key_tile) {
   return tile_of(p.ends, slot * p.args.heads_v + head, row_tile, key_tile);
 }
+// The state that a part of several segments begins with: where its first segment has no map.
+MATE_DEVICE float* start_tile(const Params& p, int64_t slot, int64_t head, int row_tile,
+                              int key_tile) {
+  return tile_of(reinterpret_cast<float*>(p.maps), slot * p.args.heads_v + head, row_tile,
+                 key_tile);
+}
 MATE_DEVICE FragC load_tile(const float* from) {
   const Four a = load_four(from), b = load_four(from + kTileSize / 2);
   return {{a.x[0], a.x[1], a.x[2], a.x[3], b.x[0], b.x[1], b.x[2], b.x[3]}};
@@ -148,23 +154,31 @@ MATE_DEVICE void store_final(const Params& p, int64_t index, int64_t head, int v
   });
 }
 
-MATE_DEVICE void load_state(const Params& p, const Segment& segment, int64_t head, int value,
+// What a part of a sequence begins with.
+MATE_DEVICE void load_start(const Params& p, const Sequence& sequence, int64_t head, int value,
                             State& s) {
-  const auto load_tiles = [&](float* states, int64_t index) {
+  if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
     MATE_UNROLL
     for (int t = 0; t < kKeyTiles; ++t) {
-      s.tile[t] = load_tile(tile_of(states, index, value / kBlock, t));
+      s.tile[t] = load_tile(tile_of(p.carry_in, head, value / kBlock, t));
     }
-  };
-  const Sequence& sequence = segment.sequence;
-  if (!segment.is_first()) {
-    load_tiles(p.ends, (segment.slot(p) - 1) * p.args.heads_v + head);
-  } else if (sequence.first_chunk < p.slab_begin) {  // began in an earlier slab
-    load_tiles(p.carry_in, head);
   } else if (p.args.initial_state.data && state_of(p, sequence.index) >= 0) {
     load_initial(p, state_of(p, sequence.index), head, value, s);
   } else {
     each_element([&](int t, int v, int, int) { s.tile[t].x[v] = 0.0f; }, value);
+  }
+}
+
+// What a segment begins with. A cut part's last segment may store the final state before the first
+// begins, in the same memory.
+MATE_DEVICE void load_state(const Params& p, const Segment& segment, bool cut, int64_t head,
+                            int value, State& s) {
+  if (!cut) return load_start(p, segment.sequence, head, value, s);
+  MATE_UNROLL
+  for (int t = 0; t < kKeyTiles; ++t) {
+    s.tile[t] =
+        load_tile(segment.is_first() ? start_tile(p, segment.slot(p), head, value / kBlock, t)
+                                     : end_tile(p, segment.slot(p) - 1, head, value / kBlock, t));
   }
 }
 

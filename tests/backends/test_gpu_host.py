@@ -250,6 +250,17 @@ def test_dead_maps_are_not_walked(
     assert least <= on_top(name) / on_top(whole) <= most
 
 
+def test_segments_over_a_state_in_place(segments: ctypes.CDLL) -> None:
+    """The last segment stores the state in the memory that the first begins with, in any order."""
+    case, expected = long_case("remembering")
+    for seed in range(4):
+        t = {name: x.clone() for name, x in case.tensors.items()}
+        output = torch.full_like(t["v"], math.nan)
+        segments.mate_gpu_host_seed(seed)
+        assert launch(segments, call_of(t, case.options), output, t["initial_state"]) == 0
+        check((output, t["initial_state"]), expected)
+
+
 @pytest.mark.usefixtures("little_shared_memory_for_segments")
 def test_segments_in_one_stage(segments: ctypes.CDLL) -> None:
     case, expected = long_case("remembering")

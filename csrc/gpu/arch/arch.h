@@ -24,7 +24,8 @@
 //   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits, to_bits
 //   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
 //   expf, expm1f, log1pf, fabsf, fmaxf          the machine's own, to a few ulp
-//   launch, multiprocessors, shared_limit, last_error   on the host
+//   launch, multiprocessors, shared_limit, last_error,  on the host
+//   group_products, overlaps                        whether the device's kernels have them, are early
 //   kEarlyLaunches                                  whether launches may overlap:
 //   wait_for_before(), let_next_begin(), count_up(x), await_count(x, n)
 // A kernel launched as `early` may begin when all blocks of the launch before have called

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <atomic>
+
 #define MATE_DEVICE __device__ __forceinline__
 #define MATE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MATE_UNROLL _Pragma("unroll")
@@ -157,6 +159,8 @@ MATE_DEVICE void wait_for_before() { asm volatile("griddepcontrol.wait;" ::: "me
 MATE_DEVICE void let_next_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
+// Not a release: what was read has arrived in shared memory, as an mbarrier has told, so that
+// nothing is left that could be overtaken. It would wait for the copies that are under way.
 MATE_DEVICE void count_up(uint32_t* x) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(x) : "memory");
 }
@@ -290,15 +294,22 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
-// Whether the device runs code for sm_90 or later: of what was compiled, the last that fits it.
+__global__ void nothing() {}
+
+// Whether the current device runs code that was compiled for sm_90 or later: newer ones may have to
+// do with older code, in which launches wait for nothing.
 inline bool overlaps() {
-  const int device = device_attribute(cudaDevAttrComputeCapabilityMajor) * 100 +
-                     device_attribute(cudaDevAttrComputeCapabilityMinor) * 10;
-  int best = 0;
-  for (const int arch : {__CUDA_ARCH_LIST__}) {
-    if (arch <= device && arch > best) best = arch;
+  static std::atomic<int8_t> known[64];  // by device: 0 not asked yet, 1 no, 2 yes
+  int device = 0;
+  cudaGetDevice(&device);
+  std::atomic<int8_t>& here = known[device % 64];
+  if (here == 0) {
+    cudaFuncAttributes attributes = {};
+    const bool asked = cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
+    if (!asked) cudaGetLastError();
+    here = asked && attributes.ptxVersion >= 90 ? 2 : 1;
   }
-  return best >= 900;
+  return here == 2;
 }
 
 template <class Params>

@@ -167,18 +167,6 @@ inline int device_attribute(musaDeviceAttr attribute) {
   musaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
-// Of the current device, which is asked once.
-inline int warp_size() {
-  static thread_local int asked = -1, size = 0;
-  int device = 0;
-  musaGetDevice(&device);
-  if (device != asked) {
-    size = device_attribute(musaDevAttrWarpSize);
-    asked = device;
-  }
-  return size;
-}
-
 // `early`: it may begin before the launch before it has ended, which nothing here makes use of.
 template <class Params>
 inline bool launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
