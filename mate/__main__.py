@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +53,36 @@ def _problem(device: str) -> str | None:
     return library if isinstance(library, str) else None
 
 
+def _choice(device: str, dtype: torch.dtype, recurrent: bool) -> Choice:
+    try:
+        return mate.backend_for(device, dtype, recurrent)
+    except NoBackendError as error:
+        return Choice("none", error.refusals)
+
+
+def _call(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Who serves tensors of this kind; ``ok``: every kernel that there is for them."""
+    forward, decode = (_choice(device, dtype, recurrent) for recurrent in (False, True))
+    kernels = device == "cpu" or dtype in gpu.CHUNKED_DTYPES
+    return {
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "forward": forward.name,
+        "decode": decode.name,
+        "backward": "pytorch",
+        "refusals": decode.refusals | forward.refusals,
+        "ok": decode.name == "native" and (forward.name == "native" or not kernels),
+    }
+
+
 def check() -> dict[str, Any]:
-    """Everything ``mate check`` says, as plain data; ``ok`` is false where a call would be slow."""
+    """Everything ``mate check`` says, as plain data.
+
+    ``ok`` is false where a call would be slow for which there are kernels; there are none for fp32
+    prompts on a GPU.
+    """
     library = native.library()
-    calls = []
-    for device in devices():
-        for dtype in _DTYPES:
-            try:
-                choice = mate.backend_for(device, dtype)
-            except NoBackendError as error:
-                choice = Choice("none", error.refusals)
-            calls.append(
-                {
-                    "device": device,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "forward": choice.name,
-                    "backward": "pytorch",
-                    "refusals": choice.refusals,
-                }
-            )
+    calls = [_call(device, dtype) for device in devices() for dtype in _DTYPES]
     names = ("torch", "transformers", "torch_musa")
     return {
         "mate": mate.__version__,
@@ -87,8 +99,12 @@ def check() -> dict[str, Any]:
             **{device: {"problem": _problem(device)} for device in DEVICES},
         },
         "calls": calls,
-        "ok": all(call["forward"] == "native" for call in calls),
+        "ok": all(call["ok"] for call in calls),
     }
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "".join(f"{cell:10}" for cell in cells).rstrip()
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -102,9 +118,9 @@ def _print(found: dict[str, Any]) -> None:
     for device in DEVICES:
         problem = found["native"][device]["problem"]
         print(f"{device} kernels: {'none, ' + problem if problem else 'built'}")
-    print(f"\n{'device':8}{'dtype':10}{'forward':10}backward")
-    for call in found["calls"]:
-        print(f"{call['device']:8}{call['dtype']:10}{call['forward']:10}{call['backward']}")
+    columns = ("device", "dtype", "forward", "decode", "backward")
+    for call in ({name: name for name in columns}, *found["calls"]):
+        print(("" if call["device"] != "device" else "\n") + _row(call[name] for name in columns))
     reasons = {
         f"{call['device']}: not {name}, because {reason}"
         for call in found["calls"]

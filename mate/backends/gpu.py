@@ -20,6 +20,7 @@ from mate.backends.devices import runtime, stream_of, unfit
 from mate.backends.native import ABI_VERSION, DTYPE_CODES, STATUS, pack
 
 LAUNCH_FAILED = 3
+CHUNKED_DTYPES = (torch.float16, torch.bfloat16)  # token by token fp32 too
 LAYER_FUNCTIONS = ("short_conv", "gated_norm", "decode_step")
 
 
@@ -75,12 +76,9 @@ def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -
     """Why this backend cannot serve a call; None when it can."""
     if torch.version.hip:
         return unusable(device)
-    if dtype == torch.float32 and not recurrent:
-        return (
-            f"the {device.type} kernels serve float16 and bfloat16, and {dtype} token by token only"
-        )
-    if dtype not in DTYPE_CODES:
-        return f"the {device.type} kernels serve float16 and bfloat16, not {dtype}"
+    if dtype not in CHUNKED_DTYPES and not (recurrent and dtype in DTYPE_CODES):
+        but = f", and {dtype} token by token only" if dtype in DTYPE_CODES else f", not {dtype}"
+        return f"the {device.type} kernels serve float16 and bfloat16{but}"
     return unusable(device)
 
 

@@ -22,13 +22,13 @@ _GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi0q")
 _DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "3Pq3q3f5i0q")
 
 
-def has_kernels(device_type: str) -> bool:
-    """Whether there is a library for a type of device, and it is not switched off."""
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for a device, and they are not switched off."""
     if disabled("native"):
         return False
-    if device_type == "cpu":
+    if device.type == "cpu":
         return not isinstance(native.library(), str)
-    return device_type in DEVICES and gpu.unusable(torch.device(device_type)) is None
+    return device.type in DEVICES and gpu.unusable(device) is None
 
 
 # What torch.compiler.assume_constant_result sets; it would import the compiler, for a second.
@@ -45,11 +45,7 @@ def serves(first: Tensor, *tensors: Tensor | None) -> bool:
             return False
         if not on_cpu and x.device != first.device:
             return False
-    if disabled("native"):
-        return False
-    if on_cpu:
-        return not isinstance(native.library(), str)
-    return first.device.type in DEVICES and gpu.unusable(first.device) is None
+    return has_kernels(first.device)
 
 
 def _run(name: str, arguments: bytes, device: torch.device) -> None:

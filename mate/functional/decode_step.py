@@ -216,7 +216,9 @@ def _step_by_step(
     finals: list[Tensor] = []
     windows = conv_state.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=1)
     for x, weight, window in zip((q, k, v), (q_weight, k_weight, v_weight), windows, strict=True):
-        y, final = short_conv.in_pytorch(x.view(batch, 1, -1), weight, window, None, True)
+        y, final = short_conv.in_pytorch(
+            x.reshape(batch, 1, x.shape[-1]), weight, window, None, True
+        )
         assert final is not None
         finals.append(final)
         streams.append(y.unflatten(-1, (-1, HEAD_DIM)))
@@ -226,7 +228,7 @@ def _step_by_step(
         k,
         v,
         g=g.reshape(v.shape),
-        beta=beta.reshape(batch, 1, -1),
+        beta=beta.reshape(batch, 1, beta.shape[-1]),
         scale=HEAD_DIM**-0.5,
         initial_state=state,
         cu_seqlens=None,

@@ -36,7 +36,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -
         raise ValueError(f"gate must have x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [V={x.shape[-1]}], got shape {tuple(weight.shape)}")
-    if x.device.type != "cpu" and not native_layer.has_kernels(x.device.type):
+    if x.device.type != "cpu" and not native_layer.has_kernels(x.device):
         return in_pytorch(x, gate, weight, eps)
     return torch.ops.mate.gated_rms_norm(x, gate, weight, eps)
 

@@ -54,7 +54,7 @@ def short_conv(
         if initial_state.shape[2] != width:
             initial_state = initial_state[..., -width:]
         initial_state = initial_state.to(x.dtype)
-    if x.device.type != "cpu" and not native_layer.has_kernels(x.device.type):
+    if x.device.type != "cpu" and not native_layer.has_kernels(x.device):
         return in_pytorch(x, weight, initial_state, cu_seqlens, output_final_state)
     y, final = torch.ops.mate.short_conv(x, weight, initial_state, cu_seqlens, output_final_state)
     return y, final if output_final_state else None

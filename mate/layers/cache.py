@@ -3,6 +3,7 @@
 :class:`KDACache` holds those of one batch, :class:`StatePool` those of all that an engine serves.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -162,6 +163,9 @@ class StatePool:
                 f"got {sorted(counts)} slots in {len(self._states)} layers"
             )
         self.slots = counts.pop()
+        self._devices = list(
+            dict.fromkeys(x.device for pair in self._states.values() for x in pair)
+        )
         self._free = list(range(self.slots - 1, -1, -1))
 
     @classmethod
@@ -169,6 +173,8 @@ class StatePool:
         cls, model: nn.Module, slots: int, state_dtype: torch.dtype = torch.float32
     ) -> "StatePool":
         """Zeros for every :class:`KimiDeltaAttention` in a model, on its parameters' device.
+
+        They are normal tensors even under ``torch.inference_mode()``: a pool outlives the mode.
 
         Args:
             model: A model, or one layer; its layers have a ``layer_idx``, each its own.
@@ -193,8 +199,14 @@ class StatePool:
                 )
             weight = layer.q_proj.weight
             conv, recurrent = shapes()
-            windows = weight.new_zeros(slots, *conv)
-            states[index] = windows, weight.new_zeros(slots, *recurrent, dtype=state_dtype)
+            with torch.inference_mode(False):
+                windows = weight.new_zeros(slots, *conv)
+                states[index] = windows, weight.new_zeros(slots, *recurrent, dtype=state_dtype)
+        if not states:
+            raise ValueError(
+                "model must be or contain a mate.layers.KimiDeltaAttention, "
+                f"got {type(model).__name__} with none among its {len(layers)} modules"
+            )
         return cls(states)
 
     @property
@@ -210,20 +222,26 @@ class StatePool:
         """
         if not self._free:
             raise RuntimeError(f"all {self.slots} slots are taken: free one, or make a larger pool")
-        slot = self._free.pop()
+        slot = self._free[-1]
         for pair in self._states.values():
             for states in pair:
                 states[slot].zero_()
-        return slot
+        return self._free.pop()  # only now: zeros may have been refused
 
     def free(self, slot: int) -> None:
         """Give a slot back.
 
         Raises:
             ValueError: it is none of the pool's, or free already.
+            TypeError: it is no integer.
         """
-        if not 0 <= slot < self.slots or slot in self._free:
-            raise ValueError(f"slot must be one that is taken, got {slot}")
+        slot = _integer("slot must be an integer", slot)
+        if not 0 <= slot < self.slots:
+            raise ValueError(
+                f"slot must be one that is taken, got {slot} in a pool of {self.slots} slots"
+            )
+        if slot in self._free:
+            raise ValueError(f"slot must be one that is taken, got {slot}, which is free")
         self._free.append(slot)
 
     def batch(self, slots: Tensor | Sequence[int]) -> "PooledCache":
@@ -234,10 +252,20 @@ class StatePool:
                 at every call: a captured CUDA graph follows what is written into it. No slot twice.
                 A document whose slot is outside [0, P), such as -1, starts from zeros and leaves no
                 state: it pads a batch of fixed size.
+
+        Raises:
+            TypeError: ``slots`` holds something else than integers.
+            ValueError: it is a tensor of another rank than 1, or on another device.
         """
         if not isinstance(slots, Tensor):
-            device = next(iter(self._states.values()))[0].device
-            slots = torch.tensor(slots, dtype=torch.int64, device=device)
+            return PooledCache(self._states, _indices(slots, self._devices[0]))
+        if slots.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"slots must be torch.int32 or torch.int64, got {slots.dtype}")
+        if slots.dim() != 1:
+            raise ValueError(f"slots must be [N], got shape {tuple(slots.shape)}")
+        if slots.device not in self._devices:
+            on = " or ".join(map(str, self._devices))
+            raise ValueError(f"slots must be on {on} like the states, got {slots.device}")
         return PooledCache(self._states, slots)
 
 
@@ -269,3 +297,47 @@ class PooledCache:
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int) -> Tensor:
         raise NotImplementedError("the states of a pool are updated in place")
+
+
+def _integer(rule: str, value: Any) -> int:
+    """A Python or numpy integer; a tensor would have to be read from its device."""
+    try:
+        if not isinstance(value, (bool, Tensor)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{rule}, got {value!r}")
+
+
+def _indices(slots: Any, device: torch.device) -> Tensor:
+    rule = "slots must be a sequence of integers or a tensor [N] of them"
+    if not hasattr(slots, "__iter__"):
+        raise TypeError(f"{rule}, got {slots!r}")
+    numbers = [_integer(rule, slot) for slot in slots]
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def check_pool_tensor(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Whether a layer can update its states of all slots in place."""
+    if x.shape != shape:
+        raise ValueError(
+            f"{name} must be {list(shape)}, the slots and then the layer's state_shapes(), "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like hidden_states, got {x.device}")
+    if x.dtype not in dtypes:
+        allowed = " or ".join(dict.fromkeys(map(str, dtypes)))
+        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
+    strides = x.stride()
+    if 0 in strides and any(n > 1 and not s for n, s in zip(shape, strides, strict=True)):
+        raise ValueError(
+            f"{name} must not be an expanded tensor, since it is updated in place, got shape "
+            f"{tuple(x.shape)} with strides {strides}"
+        )

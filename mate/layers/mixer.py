@@ -16,7 +16,7 @@ from mate.backends import native_layer, pool
 from mate.functional import chunk_kda, recurrent_kda
 from mate.functional.contract import FLOAT_DTYPES, check_cu_seqlens_form
 from mate.functional.decode_step import kda_decode_step
-from mate.layers.cache import LinearCache
+from mate.layers.cache import LinearCache, check_pool_tensor
 from mate.layers.documents import pack, trailing_mask
 from mate.layers.projections import FusedProjections, is_plain
 
@@ -76,19 +76,23 @@ class DeltaMixer:
         would surprise whoever else holds on to it: an optimizer's flat buffers, sharding, a
         captured CUDA graph.
 
-        A later ``.to`` keeps it; what puts other tensors in the parameters' place undoes it without
-        harm (``load_state_dict(assign=True)``, a deep copy, an adapter, quantisation). Under
-        autocast and ``torch.compile`` the projections are called one by one as before.
+        A later ``.to`` keeps it, and leaves the memory alone where it changes neither dtype nor
+        device; what puts other tensors in the parameters' place undoes it without harm
+        (``load_state_dict(assign=True)``, a deep copy, an adapter, quantisation). Under autocast
+        and ``torch.compile`` the projections are called one by one as before.
 
         Returns:
-            Whether they are fused: not where one is no plain ``nn.Linear`` without a bias, has a
-            hook, or differs in dtype or device.
+            Whether they are fused, and used so: not where one is no plain ``nn.Linear`` without a
+            bias, has a hook, or differs in dtype or device.
         """
         (f_down, _), (g_down, _) = self.low_rank_gates()
         linears = self._input_projections(f_down, g_down)
-        if self._fused is None or not self._fused.holds(linears):
-            self._fused = FusedProjections(linears) if FusedProjections.possible(linears) else None
-        return self._fused is not None
+        possible = FusedProjections.possible(linears)
+        if self._fused is not None and not self._fused.holds(linears):
+            self._fused = None
+        if self._fused is None and possible:
+            self._fused = FusedProjections(linears)
+        return possible  # a hook suspends what is fused: it may go again
 
     def _input_projections(self, f_down: Any, g_down: Any) -> list[Any]:
         """What reads the hidden state; the small one last, where it spoils no alignment."""
@@ -97,11 +101,20 @@ class DeltaMixer:
         return [q, k, v, f_down, g_down, b]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What .to comes down to: gives each parameter memory of its own."""
-        fused, self._fused = self._fused is not None, None
+        """What .to comes down to: gives each parameter memory of its own, or leaves it alone.
+
+        Where the weights stay, so must their addresses, which CUDA graphs and other processes know.
+        """
+        fused, self._fused = self._fused, None
         result = super()._apply(fn, recurse)  # type: ignore[misc]
-        if fused:
-            self.fuse_projections()
+        if fused is not None:
+            (f_down, _), (g_down, _) = self.low_rank_gates()
+            linears = self._input_projections(f_down, g_down)
+            if fused.holds(linears):
+                self._fused = fused
+            elif fused.moved(linears):
+                del fused  # its matrix makes room for the new one
+                self.fuse_projections()
         return result
 
     def _project(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -172,7 +185,7 @@ class DeltaMixer:
         The last ``unowned`` documents hold padding: the cache knows nothing of them.
         """
         documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        conv_state, state = self._read(cache, documents - unowned)
+        conv_state, state = self._read(cache, documents - unowned, x)
         slots = getattr(cache, "state_indices", None)
         if slots is not None:
             slots = F.pad(slots, (0, unowned), value=-1) if unowned else slots
@@ -192,10 +205,8 @@ class DeltaMixer:
             if decoded is not None:
                 self._write_decoded(cache, conv_state, state)
                 return self.o_proj(decoded)
-        windows = conv_state
-        if slots is not None and conv_state is not None:
-            windows = pool.gather(conv_state, slots)
-        streams, windows = self._convolve(streams, windows, cu_seqlens, cache is not None)
+        keeps = cache is not None
+        streams, windows = self._convolve(streams, conv_state, slots, cu_seqlens, keeps)
         q, k, v = (stream.unflatten(-1, (-1, self.head_dim)) for stream in streams)
         A_log, dt_bias = self.decay_parameters()
         options: dict[str, Any] = {
@@ -207,7 +218,7 @@ class DeltaMixer:
             "allow_neg_eigval": self.allow_neg_eigval,
             "state_v_first": getattr(cache, "state_v_first", False),
             "initial_state": state,
-            "output_final_state": cache is not None,
+            "output_final_state": keeps,
         }
         if state is not None and not torch.is_grad_enabled():
             options["final_state"] = state  # in place: the cache's own memory, or a copy of it
@@ -244,7 +255,7 @@ class DeltaMixer:
         x = rows[0]
         if torch.is_grad_enabled() or x.dtype not in FLOAT_DTYPES:
             return None
-        if not x.is_cpu and not native_layer.has_kernels(x.device.type):
+        if not x.is_cpu and not native_layer.has_kernels(x.device):
             return None
         weights = self.decode_weights()
         if weights is None or not (conv_state.is_contiguous() and state.is_contiguous()):
@@ -285,10 +296,16 @@ class DeltaMixer:
         self,
         streams: list[Tensor],
         state: Tensor | None,
+        slots: Tensor | None,
         cu_seqlens: Tensor | None,
         output_final_state: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """q, k and v through their convolutions; their windows share one [N, Cq + Ck + Cv, W]."""
+        """q, k and v through their convolutions; their windows share one [N, Cq + Ck + Cv, W].
+
+        With ``slots`` the state is a pool, which is read and not yet written.
+        """
+        if slots is not None and state is not None:
+            state = pool.gather(state, slots)
         widths = [stream.shape[-1] for stream in streams]
         windows = [None] * 3 if state is None else state.split(widths, dim=1)
         done = [
@@ -331,7 +348,7 @@ class DeltaMixer:
             )
 
     def _read(
-        self, cache: LinearCache | None, documents: int
+        self, cache: LinearCache | None, documents: int, x: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         if cache is None or self.layer_idx is None:
             return None, None
@@ -352,11 +369,33 @@ class DeltaMixer:
                     "cache is a pool of states that is updated in place, which autograd cannot "
                     "follow: expected a call under torch.no_grad(), got gradients enabled"
                 )
+            self._check_pool(conv_state, state, slots, x)
             return conv_state, state
         if torch.is_grad_enabled() or _is_frozen(state):
             # A cache that writes in place would overwrite what the backward pass needs.
             state, conv_state = state.clone(), conv_state.clone()
         return conv_state, state
+
+    def _check_pool(self, conv_state: Tensor, state: Tensor, slots: Tensor, x: Tensor) -> None:
+        """An engine's own tensors: what is wrong with them must show before one is written."""
+        of_layer: Any = getattr(self, "state_shapes", None)
+        shapes = (conv_state.shape[1:], state.shape[1:]) if of_layer is None else of_layer()
+        # Autocast, which cannot be asked for while compiling, decides the projections' dtype.
+        casts = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+        own = FLOAT_DTYPES if casts else (x.dtype,)
+        for name, states, shape, dtypes in (
+            ("conv_states", conv_state, shapes[0], own),
+            ("recurrent_states", state, shapes[1], (*own, torch.float32)),
+        ):
+            name = f"{name} of layer_idx={self.layer_idx}"
+            check_pool_tensor(name, states, (*conv_state.shape[:1], *shape), dtypes, x.device)
+            if _is_frozen(states):
+                raise ValueError(
+                    f"{name} must be a normal tensor to be updated outside of inference mode, "
+                    "got one made in it: make it under torch.inference_mode(False)"
+                )
+        if slots.device != x.device:
+            raise ValueError(f"state_indices must be on {x.device}, got {slots.device}")
 
     def _write(
         self, cache: LinearCache, conv_state: Tensor | None, state: Tensor, documents: int

@@ -31,7 +31,8 @@ class FusedProjections:
             self.matrix = torch.cat([weight.detach() for weight in weights])
             for weight, part in zip(weights, self.matrix.split(self.rows), strict=True):
                 weight.data = part
-        self.places = [weight.data_ptr() for weight in weights]
+        start = self.matrix.data_ptr()
+        self.offsets = [weight.data_ptr() - start for weight in weights]
         self.shapes = [weight.shape for weight in weights]
 
     @staticmethod
@@ -45,16 +46,30 @@ class FusedProjections:
         return len(kinds) == 1 and len(distinct) == len(linears) and not biases
 
     def holds(self, linears: Sequence[Any]) -> bool:
-        """Whether the layers' weights are still the slices."""
-        for linear, place, shape in zip(linears, self.places, self.shapes, strict=True):
+        """Whether the layers' weights are still the slices, and nothing was added to them."""
+        start = self.matrix.data_ptr()  # not forever the same: share_memory() moves all at once
+        for linear, offset, shape in zip(linears, self.offsets, self.shapes, strict=True):
             weight = linear._parameters.get("weight")
-            if type(weight) is not nn.Parameter or weight.data_ptr() != place:
+            if type(weight) is not nn.Parameter or weight.data_ptr() != start + offset:
+                return False
+            if linear._parameters.get("bias") is not None:
                 return False
             if weight.shape != shape or weight.dtype != self.matrix.dtype:
                 return False
             if not weight.is_contiguous():
                 return False
         return True
+
+    def moved(self, linears: Sequence[Any]) -> bool:
+        """Whether the weights went to another dtype or device, and to ordinary memory."""
+        weights = [linear._parameters.get("weight") for linear in linears]
+        kind = self.matrix.dtype, self.matrix.device
+        return all(
+            weight is not None
+            and (weight.dtype, weight.device) != kind
+            and not (weight.is_cpu and (weight.is_shared() or weight.is_pinned()))
+            for weight in weights
+        )
 
     def serves(self, linears: Sequence[Any]) -> bool:
         """Whether a product stands for calling the layers."""

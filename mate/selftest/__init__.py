@@ -7,6 +7,7 @@ For a machine on which nobody has run mate yet. Inputs come from fixed seeds; a 
 finite, or worse than the contract's bound (docs/operator.md), is wrong.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,8 +37,8 @@ class Result:
         return self.error is not None and self.error <= self.bound
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN: an error that is no number is null."""
-        number = self.error is not None and self.error == self.error
+        """For JSON, which knows no NaN and no infinity: such an error is null."""
+        number = self.error is not None and math.isfinite(self.error)
         return asdict(self) | {"error": self.error if number else None, "ok": self.ok}
 
 
@@ -70,7 +71,8 @@ def _probe(device: str) -> list[Result]:
 def _run(device: str, case: cases.Case) -> Result:
     backend = "-"
     try:
-        backend = backend_for(device, case.dtype).name if case.dispatched else "-"
+        recurrent = case.operator == "recurrent_kda"
+        backend = backend_for(device, case.dtype, recurrent).name if case.dispatched else "-"
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table says who served
             outcomes = case.run(torch.device(device))

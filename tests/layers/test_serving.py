@@ -238,12 +238,123 @@ def test_errors_of_a_pool() -> None:
          lambda: StatePool({0: (torch.zeros(2), torch.zeros(3))})),
         ("layer_idx of its own, got 0", lambda: StatePool.for_model(
             nn.ModuleList([layer, copy.deepcopy(layer)]), 2)),
-        ("states must hold", lambda: StatePool.for_model(nn.Linear(1, 1), 2)),
+        ("model must .*KimiDeltaAttention, got Linear with none",
+         lambda: StatePool.for_model(nn.Linear(1, 1), 2)),
     ):  # fmt: skip
         with torch.no_grad(), pytest.raises(ValueError, match=match):
             call()
     with pytest.raises(ValueError, match="cache is a pool.*no_grad"):
         layer(x, cache=states.batch([1, 2]))
+
+
+@pytest.mark.parametrize(
+    "slots, error, message",
+    [
+        (3, TypeError, "sequence of integers .*got 3"),
+        ([[1, 2]], TypeError, r"sequence of integers .*got \[1, 2\]"),
+        ([0, 1.7], TypeError, "sequence of integers .*got 1.7"),
+        ([True], TypeError, "sequence of integers .*got True"),
+        (torch.tensor([1.0]), TypeError, "torch.int32 or torch.int64, got torch.float32"),
+        (torch.tensor([True]), TypeError, "torch.int32 or torch.int64, got torch.bool"),
+        (torch.tensor(3), ValueError, r"\[N\], got shape \(\)"),
+        (torch.tensor([[1, 2]]), ValueError, r"\[N\], got shape \(1, 2\)"),
+        (torch.tensor([1], device="meta"), ValueError, "on cpu like the states, got meta"),
+    ],
+    ids=str,
+)
+def test_slots_of_a_batch_are_integers(slots, error, message: str) -> None:
+    states = StatePool.for_model(make_layer(), slots=4)
+    with pytest.raises(error, match="slots must be .*" + message):
+        states.batch(slots)
+    assert states.batch([]).state_indices.dtype == torch.int64
+
+
+def test_what_cannot_be_freed() -> None:
+    states = StatePool.for_model(make_layer(), slots=2)
+    slot = states.allocate()
+    for wrong in (torch.tensor(slot), float(slot), False, None):
+        with pytest.raises(TypeError, match="slot must be an integer, got"):
+            states.free(wrong)
+    with pytest.raises(ValueError, match="slot must be one that is taken, got 2 in a pool of 2"):
+        states.free(2)
+    states.free(slot)
+    with pytest.raises(ValueError, match=f"slot must be .*taken, got {slot}, which is free"):
+        states.free(slot)
+    assert states.available == 2
+
+
+WRONG_STATES = {
+    "another W": (0, lambda x: x.new_zeros(3, 768, 5), ValueError, r"\[3, 768, 4\].*\(3, 768, 5\)"),
+    "another C": (0, lambda x: x[:, 1:], ValueError, r"\[3, 768, 4\].*\(3, 767, 4\)"),
+    "expanded": (
+        0,
+        lambda x: x[:1].expand(3, -1, -1),
+        ValueError,
+        r"expanded.*strides \(0, 4, 1\)",
+    ),
+    "windows elsewhere": (0, lambda x: x.to("meta"), ValueError, "on cpu .*got meta"),
+    "windows in bf16": (0, Tensor.bfloat16, TypeError, "be torch.float32, got torch.bfloat16"),
+    "another Hv": (1, lambda x: x[:, :1], ValueError, r"\[3, 2, 128, 128\].*\(3, 1, 128, 128\)"),
+    "one state": (1, lambda x: x[:1].expand(3, -1, -1, -1), ValueError, "not be an expanded"),
+    "states elsewhere": (1, lambda x: x.to("meta"), ValueError, "on cpu .*got meta"),
+    "states in fp64": (1, Tensor.double, TypeError, "be torch.float32, got torch.float64"),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("name", WRONG_STATES)
+def test_an_engines_wrong_tensors(name: str, tokens: int) -> None:
+    """Refused before anything is written."""
+    layer = make_layer()
+    which, spoil, error, message = WRONG_STATES[name]
+    pair = [torch.zeros(3, *shape) for shape in layer.state_shapes()]
+    good, pair[which] = pair[1 - which], spoil(pair[which])
+    of = ("conv_states", "recurrent_states")[which] + " of layer_idx=0 must .*"
+    batch = StatePool({0: (pair[0], pair[1])}).batch([1])
+    with torch.no_grad(), pytest.raises(error, match=of + message):
+        layer(torch.randn(1, tokens, HIDDEN), cache=batch)
+    assert not good.any() and (pair[which].is_meta or not pair[which].any())
+
+
+def test_a_pool_and_autocast() -> None:
+    """Windows in the parameters' dtype serve projections that autocast rounds."""
+    layer, x = make_layer(), torch.randn(2, 5, HIDDEN)
+    batch = StatePool.for_model(layer, slots=3).batch([2, 0])
+    with torch.no_grad(), torch.autocast("cpu", dtype=bf16):
+        parts = [layer(part, cache=batch) for part in (x[:, :4], x[:, 4:])]
+        assert rel_rms(torch.cat(parts, dim=1), layer(x)) < BOUNDS[bf16]
+
+
+def test_a_pool_made_in_inference_mode() -> None:
+    layer, x = make_layer(), torch.randn(1, 4, HIDDEN)
+    with torch.inference_mode():
+        states = StatePool.for_model(layer, slots=2)
+        layer(x, cache=states.batch([states.allocate()]))
+    with torch.no_grad():
+        batch = states.batch([states.allocate()])
+        y = torch.cat([layer(part, cache=batch) for part in (x[:, :3], x[:, 3:])], dim=1)
+        assert rel_rms(y, layer(x)) < 2e-6
+
+
+@pytest.mark.parametrize("which, name", [(0, "conv_states"), (1, "recurrent_states")])
+def test_frozen_tensors_of_an_engine(which: int, name: str) -> None:
+    """They serve in inference mode; outside of it nothing is written."""
+    layer, x = make_layer(), torch.randn(1, 1, HIDDEN)
+    pair = [torch.zeros(3, *shape) for shape in layer.state_shapes()]
+    with torch.inference_mode():
+        pair[which] = pair[which].clone()
+    states = StatePool({0: (pair[0], pair[1])})
+    message = f"{name} of layer_idx=0 must be a normal tensor"
+    for tokens in (x, x.expand(1, 4, -1)):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            layer(tokens, cache=states.batch([1]))
+    assert not pair[0].any() and not pair[1].any()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inference tensor"):
+        states.allocate()
+    assert states.available == 3
+    with torch.inference_mode():
+        layer(x, cache=states.batch([states.allocate()]))
+    assert states.available == 2 and pair[0].any() and pair[1].any()
 
 
 # ---- nothing waits for a GPU --------------------------------------------------------------------
@@ -378,6 +489,7 @@ CHANGES = {
     "another parameter": lambda x: setattr(x, "k_proj", nn.Linear(HIDDEN, 256, bias=False)),
     "another weight": lambda x: setattr(x.b_proj, "weight", nn.Parameter(torch.randn(2, HIDDEN))),
     "another memory": lambda x: setattr(x.f_a_proj.weight, "data", torch.randn(128, HIDDEN)),
+    "a bias": lambda x: setattr(x.k_proj, "bias", nn.Parameter(torch.randn(256))),
     "assigned": lambda x: x.load_state_dict(make_layer(seed=9).state_dict(), assign=True),
 }
 KEPT = {
@@ -385,6 +497,7 @@ KEPT = {
     "in place": lambda x: x.v_proj.weight.data.mul_(2),
     "no gradients": lambda x: x.requires_grad_(False),
     "there and back": lambda x: x.double().float(),
+    "shared": nn.Module.share_memory,
 }
 
 
@@ -401,10 +514,11 @@ def test_fusion_follows_the_parameters(name: str, monkeypatch: pytest.MonkeyPatc
     expected = decode_and_prefill(plain, x)
     assert rel_rms(decode_and_prefill(layer, x), expected) < 2e-6
     assert (layer._fused is not None) == (name in KEPT)
-    assert layer.fuse_projections()
+    possible = name != "a bias"
+    assert layer.fuse_projections() == possible
     rows = count_products(monkeypatch)
     assert rel_rms(decode_and_prefill(layer, x), expected) < 2e-6
-    assert len(rows) == 8
+    assert len(rows) == (8 if possible else 18)
 
 
 class LowRank(nn.Module):
@@ -428,7 +542,9 @@ def test_adapters_and_hooks_are_called() -> None:
     handle = layer.q_proj.register_forward_hook(lambda *_: seen.append(1))
     decode_and_prefill(layer, x)
     assert len(seen) == 2 and layer._fused is not None
+    assert not layer.fuse_projections() and fuse_projections(layer) == 0
     handle.remove()
+    assert layer.fuse_projections()
     decode_and_prefill(layer, x)
     assert len(seen) == 2
     before = decode_and_prefill(layer, x)
@@ -498,6 +614,38 @@ def test_moving_frees_the_matrix() -> None:
     layer.to(bf16)
     gc.collect()
     assert matrix() is None and layer._fused.matrix.dtype == bf16
+
+
+def test_what_moves_nothing_leaves_the_addresses() -> None:
+    """Captured CUDA graphs and other processes know them."""
+    layer = make_layer()
+    layer.fuse_projections()
+    for move in (lambda x: x.to("cpu"), nn.Module.float, nn.Module.share_memory, nn.Module.cpu):
+        before, shared = [p.data_ptr() for p in layer.parameters()], layer.q_proj.weight.is_shared()
+        move(layer)
+        if move is nn.Module.share_memory:
+            assert not shared
+        else:
+            assert [p.data_ptr() for p in layer.parameters()] == before
+        assert layer._fused is not None
+    assert all(p.is_shared() for p in layer.parameters())
+    assert layer._fused.matrix.is_shared()
+
+
+def test_memory_of_somebody_elses_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    layer.fuse_projections()
+    layer._apply(lambda x: x.double().share_memory_())
+    assert layer._fused is None and layer.q_proj.weight.is_shared()
+    layer = make_layer()
+    layer.fuse_projections()
+    layer._apply(torch.clone)  # as pin_memory does
+    assert layer._fused is None
+    layer = make_layer()
+    layer.fuse_projections()
+    monkeypatch.setattr(Tensor, "is_pinned", lambda x: x.dtype == bf16)
+    layer.to(bf16)
+    assert layer._fused is None
 
 
 def test_fusing_in_inference_mode() -> None:
