@@ -1,5 +1,6 @@
 """The layer and the FlashKDA API on a real GPU: no waiting for the device, CUDA graphs, serving."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -27,13 +28,15 @@ def _native() -> None:
     assert choice.name == "native", choice.refusals
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def unwaiting() -> Iterator[None]:
     """Whatever makes the host wait for the device is an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def draw_layer(**options: int) -> tuple[KimiDeltaAttention, list[Tensor]]:
@@ -51,38 +54,33 @@ def expected(layer: KimiDeltaAttention, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("num_v_heads", [2, 4])
 @torch.no_grad()
-def test_prompts_and_steps_without_waiting(num_v_heads: int, unwaiting: None) -> None:
+def test_prompts_and_steps_without_waiting(num_v_heads: int) -> None:
     """Prompts, then steps of every document, then both in one call; fused and not."""
     layer, whole = draw_layer(num_v_heads=num_v_heads)
-    torch.cuda.set_sync_debug_mode("default")
-    bounds = [
-        torch.tensor([0, *lengths], device="cuda").cumsum(0)
-        for lengths in (LENGTHS, (1,) * 5, (20, 1, 33, 0, 1))
-    ]
-    torch.cuda.set_sync_debug_mode("error")
+    calls = LENGTHS, (1,) * 5, (20, 1, 33, 0, 1)
+    bounds = [torch.tensor([0, *lengths], device="cuda").cumsum(0) for lengths in calls]
     cache, at, outputs = KDACache(), [0] * 5, [[] for _ in LENGTHS]
-    for lengths, bound in zip((LENGTHS, (1,) * 5, (20, 1, 33, 0, 1)), bounds, strict=True):
+    for lengths, bound in zip(calls, bounds, strict=True):
         parts = [w[a : a + n] for w, a, n in zip(whole, at, lengths, strict=True)]
-        y = layer(torch.cat(parts)[None], cache=cache, cu_seqlens=bound)
+        x = torch.cat(parts)[None]
+        with unwaiting():
+            y = layer(x, cache=cache, cu_seqlens=bound)
         for output, part in zip(outputs, y[0].split(lengths), strict=True):
             output.append(part)
         at = [a + n for a, n in zip(at, lengths, strict=True)]
         layer.fuse_projections()
-    torch.cuda.set_sync_debug_mode("default")
     for w, output, n in zip(whole, outputs, at, strict=True):
         assert rel_rms(torch.cat(output).cpu(), expected(layer, w[:n])) < BOUND
 
 
 @torch.no_grad()
-def test_a_padded_batch_without_waiting(unwaiting: None) -> None:
+def test_a_padded_batch_without_waiting() -> None:
     layer, whole = draw_layer()
-    torch.cuda.set_sync_debug_mode("default")
     x = torch.stack(whole[:2])[:, :90]
     mask = torch.ones(2, 90, dtype=torch.long, device="cuda")
     mask[0, :30] = 0
-    torch.cuda.set_sync_debug_mode("error")
-    y = layer(x, attention_mask=mask)
-    torch.cuda.set_sync_debug_mode("default")
+    with unwaiting():
+        y = layer(x, attention_mask=mask)
     assert rel_rms(y[0, 30:].cpu(), expected(layer, x[0, 30:])) < BOUND
     assert rel_rms(y[1].cpu(), expected(layer, x[1])) < BOUND
     assert not y[0, :30].any()
