@@ -222,8 +222,6 @@ decode(const DecodeParams p) {
 
 // ---- launching ----------------------------------------------------------------------------------
 
-inline bool known_dtype(int32_t dtype) { return dtype >= MATE_FLOAT32 && dtype <= MATE_BFLOAT16; }
-
 inline bool serves_decode(const mate_decode_args& a) {
   const auto inputs = [&](const mate_rows& x) { return x.dtype == a.conv_state.dtype; };
   const auto known = [](const mate_rows& x) { return known_dtype(x.dtype); };

@@ -84,6 +84,8 @@ MATE_DEVICE int64_t state_index(const void* indices, bool is_64bit, int64_t num_
   return i >= 0 && i < num_states ? i : -1;
 }
 
+inline bool known_dtype(int32_t dtype) { return dtype >= MATE_FLOAT32 && dtype <= MATE_BFLOAT16; }
+
 // Whether every row starts at a multiple of 16 bytes. A stride that is never taken may be anything.
 inline bool rows_aligned(const mate_tensor& x, int64_t first, int64_t second, int64_t third) {
   const int64_t size = x.dtype == MATE_FLOAT32 ? 4 : 2, counts[] = {first, second, third};
@@ -92,6 +94,14 @@ inline bool rows_aligned(const mate_tensor& x, int64_t first, int64_t second, in
     aligned = aligned && (counts[i] <= 1 || x.stride[i] * size % 16 == 0);
   }
   return aligned;
+}
+
+// A bound of cu_seqlens: whatever that holds, inside [0, total_tokens].
+template <class Args>
+MATE_DEVICE int64_t clamped_bound(const Args& a, int64_t i) {
+  const int64_t x = a.cu_seqlens_is_64bit ? static_cast<const int64_t*>(a.cu_seqlens)[i]
+                                          : static_cast<const int32_t*>(a.cu_seqlens)[i];
+  return x < 0 ? 0 : x < a.total_tokens ? x : a.total_tokens;
 }
 
 struct Sequence {

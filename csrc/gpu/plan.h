@@ -9,12 +9,6 @@ namespace gpu {
 constexpr int kPlanThreads = 256;
 constexpr int kPlanShared = kPlanThreads * sizeof(int64_t);
 
-MATE_DEVICE int64_t clamped_bound(const Params& p, int64_t i) {
-  const int64_t x = p.args.cu_seqlens_is_64bit ? static_cast<const int64_t*>(p.args.cu_seqlens)[i]
-                                               : static_cast<const int32_t*>(p.args.cu_seqlens)[i];
-  return x < 0 ? 0 : x < p.args.total_tokens ? x : p.args.total_tokens;
-}
-
 // values[i] becomes values[0] combined with .. values[i - 1]; the first 0.
 template <class Combine>
 MATE_DEVICE void scan_before(int64_t* values, const Combine& combine) {
@@ -39,11 +33,11 @@ MATE_KERNEL(kPlanThreads, 1) plan(const Params p) {
   const int64_t begin = thread_index() * share, end = begin + share < n ? begin + share : n;
 
   mine = 0;
-  for (int64_t i = begin; i < end; ++i) mine = larger(mine, clamped_bound(p, i));
+  for (int64_t i = begin; i < end; ++i) mine = larger(mine, clamped_bound(p.args, i));
   scan_before(values, [](int64_t a, int64_t b) { return larger(a, b); });
   int64_t last = mine;
   for (int64_t i = begin; i < end; ++i) {
-    last = larger(last, clamped_bound(p, i));
+    last = larger(last, clamped_bound(p.args, i));
     p.bounds[i] = last;
   }
   MATE_BARRIER();  // bounds are read by neighbours, `mine` is written again

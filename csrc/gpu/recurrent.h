@@ -125,12 +125,6 @@ MATE_DEVICE void prepare_token(const RecurrentParams& p, const TokenGate& gate, 
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-MATE_DEVICE int64_t token_bound(const mate_kda_args& args, int64_t i) {
-  const int64_t x = args.cu_seqlens_is_64bit ? static_cast<const int64_t*>(args.cu_seqlens)[i]
-                                             : static_cast<const int32_t*>(args.cu_seqlens)[i];
-  return x < 0 ? 0 : x < args.total_tokens ? x : args.total_tokens;
-}
-
 MATE_DEVICE StatePlace place_of_state(const mate_tensor& x, int64_t index, int64_t head,
                                       bool aligned) {
   return {row_at(x, larger(index, 0), head, 0), x.stride[2], x.data && index >= 0, aligned};
@@ -155,8 +149,8 @@ recurrent(const RecurrentParams p) {
   RecurrentItem item = {n, head, p.group == 1 ? head : head / p.group, 0, a.seq_len};
   if (a.cu_seqlens) {
     item.batch = 0;
-    item.begin = token_bound(a, n);
-    item.end = larger(item.begin, token_bound(a, n + 1));
+    item.begin = clamped_bound(a, n);
+    item.end = larger(item.begin, clamped_bound(a, n + 1));
   }
   TokenInputs next = {};
   if (item.begin + warp < item.end) next = fetch_token(p, item, item.begin + warp);
@@ -210,17 +204,17 @@ inline int32_t state_dtype(const mate_kda_args& args) {
 }
 
 inline bool serves_recurrent(const mate_kda_args& args) {
-  const auto known = [](int32_t dtype) { return dtype >= MATE_FLOAT32 && dtype <= MATE_BFLOAT16; };
   const auto either = [&](const mate_tensor& x) {
     return x.dtype == args.q.dtype || x.dtype == MATE_FLOAT32;
   };
   const auto state = [&](const mate_tensor& x) {
-    return !x.data || (known(x.dtype) && x.dtype == state_dtype(args));
+    return !x.data || (known_dtype(x.dtype) && x.dtype == state_dtype(args));
   };
-  return known(args.q.dtype) && args.k.dtype == args.q.dtype && args.v.dtype == args.q.dtype &&
-         args.output.dtype == args.q.dtype && either(args.g) && either(args.beta) &&
-         state(args.initial_state) && state(args.final_state) && state(args.token_states) &&
-         args.gate >= MATE_GATE_LOG_DECAY && args.gate <= MATE_GATE_SOFTPLUS &&
+  return known_dtype(args.q.dtype) && args.k.dtype == args.q.dtype &&
+         args.v.dtype == args.q.dtype && args.output.dtype == args.q.dtype && either(args.g) &&
+         either(args.beta) && state(args.initial_state) && state(args.final_state) &&
+         state(args.token_states) && args.gate >= MATE_GATE_LOG_DECAY &&
+         args.gate <= MATE_GATE_SOFTPLUS &&
          (args.gate == MATE_GATE_LOG_DECAY || (args.A_log && args.dt_bias)) && args.num_seqs >= 0 &&
          args.seq_len >= 0 && args.total_tokens >= 0 && args.heads_qk > 0 && args.heads_v >= 0 &&
          args.heads_v % args.heads_qk == 0 && args.num_states >= 0;

@@ -20,12 +20,6 @@ struct ConvParams {
   bool x_aligned, y_aligned;  // pieces are whole, and at multiples of 16 bytes
 };
 
-MATE_DEVICE int64_t conv_bound(const mate_short_conv_args& a, int64_t i) {
-  const int64_t x = a.cu_seqlens_is_64bit ? static_cast<const int64_t*>(a.cu_seqlens)[i]
-                                          : static_cast<const int32_t*>(a.cu_seqlens)[i];
-  return x < 0 ? 0 : x < a.total_tokens ? x : a.total_tokens;
-}
-
 constexpr int kUsualWidth = 4;
 
 // Channels of a thread. kTaps is the width, or the most that a width may be.
@@ -178,7 +172,7 @@ struct ConvPlace {
     int64_t low = 0, high = a.num_seqs;  // the first one that ends beyond the token
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      if (conv_bound(a, middle + 1) > token) {
+      if (clamped_bound(a, middle + 1) > token) {
         high = middle;
       } else {
         low = middle + 1;
@@ -188,11 +182,11 @@ struct ConvPlace {
     find(a, token);
   }
   MATE_DEVICE void find(const mate_short_conv_args& a, int64_t token) {
-    while (sequence < a.num_seqs && conv_bound(a, sequence + 1) <= token) ++sequence;
+    while (sequence < a.num_seqs && clamped_bound(a, sequence + 1) <= token) ++sequence;
     begin = next = INT64_MAX;
     if (sequence >= a.num_seqs) return;
-    begin = conv_bound(a, sequence);
-    next = begin <= token ? conv_bound(a, sequence + 1) : begin;
+    begin = clamped_bound(a, sequence);
+    next = begin <= token ? clamped_bound(a, sequence + 1) : begin;
   }
 };
 
@@ -201,8 +195,8 @@ template <int32_t kDtype>
 MATE_DEVICE void store_windows(const ConvParams& p, int64_t n, int64_t channel, int channels) {
   const mate_short_conv_args& a = p.args;
   const int64_t batch = a.cu_seqlens ? 0 : n;
-  const int64_t begin = a.cu_seqlens ? conv_bound(a, n) : 0;
-  const int64_t end = a.cu_seqlens ? larger(begin, conv_bound(a, n + 1)) : a.seq_len;
+  const int64_t begin = a.cu_seqlens ? clamped_bound(a, n) : 0;
+  const int64_t end = a.cu_seqlens ? larger(begin, clamped_bound(a, n + 1)) : a.seq_len;
   MATE_NO_UNROLL
   for (int i = 0; i < channels * a.width; ++i) {
     const int64_t at = channel + i / a.width, token = end - a.width + i % a.width;
