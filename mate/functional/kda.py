@@ -196,8 +196,7 @@ def _kda(
         if written is None:
             written = torch.empty_like(call.v, memory_format=torch.contiguous_format)
         if state is None and output_final_state:
-            dtype = torch.float32 if initial_state is None else initial_state.dtype
-            state = v.new_empty((call.num_seqs, v.shape[-2], 128, 128), dtype=dtype)
+            state = ops.new_state(q, v, call.num_seqs, initial_state)
         write = ops.kda_out if direct else torch.ops.mate.kda_out
         write(*inputs, resume, written, state, state_indices, call.token_states)
     result = output if output is not None else written if v.dim() == 4 else written.squeeze(0)

@@ -92,16 +92,17 @@ def _same_elements(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.dtype == y.dtype
 
 
-def _state_like(call: KdaCall) -> Tensor:
+def new_state(q: Tensor, v: Tensor, num_seqs: int, initial_state: Tensor | None) -> Tensor:
     """A new final state: initial_state's dtype, else fp32."""
-    shape = (call.num_seqs, call.v.shape[2], call.v.shape[3], call.k.shape[3])
-    dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
-    return call.v.new_empty(shape, dtype=dtype)
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    return v.new_empty((num_seqs, v.shape[-2], v.shape[-1], q.shape[-1]), dtype=dtype)
 
 
 def _new_outputs(call: KdaCall, output_final_state: bool) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    return output, _state_like(call) if output_final_state else output.new_empty(0)
+    if not output_final_state:
+        return output, output.new_empty(0)
+    return output, new_state(call.q, call.v, call.num_seqs, call.initial_state)
 
 
 def kda(*args: Any) -> tuple[Tensor, Tensor]:
