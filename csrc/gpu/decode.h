@@ -187,6 +187,8 @@ decode(const DecodeParams p) {
   const StatePlace place = place_of_state(a.state, index, head, p.state_aligned);
   const auto raw = Rows::load(place, row);  // before anything is waited for
 
+  let_next_begin();
+  wait_for_before();
   prepare_step(p, n, index, head, shared.token);
   // of the element of the output that this thread will write
   const int value = Rows::first_row(row) + row_lane() % kDecodeRows;
@@ -236,14 +238,15 @@ inline bool serves_decode(const mate_decode_args& a) {
 }
 
 template <int32_t kDtype>
-bool launch_decode(const DecodeParams& p, void* stream) {
+bool launch_decode(const DecodeParams& p, bool early, void* stream) {
   const auto kernel =
       p.args.flags & MATE_STATE_V_FIRST ? decode<kDtype, true> : decode<kDtype, false>;
   return launch(kernel, p.args.batch * p.args.heads_v, kDecodeThreads,
-                static_cast<int>(sizeof(DecodeShared)), stream, p);
+                static_cast<int>(sizeof(DecodeShared)), stream, p, early);
 }
 
-inline int32_t run_decode(const mate_decode_args& args, void* stream) {
+// `early`: behind a launch that may have written the rows, but neither states nor their indices.
+inline int32_t run_decode(const mate_decode_args& args, void* stream, bool early = false) {
   if (!serves_decode(args)) return MATE_UNSUPPORTED;
   if (args.batch == 0) return MATE_OK;
   DecodeParams p = {};
@@ -252,9 +255,9 @@ inline int32_t run_decode(const mate_decode_args& args, void* stream) {
   const int64_t states = args.state_indices ? args.num_states : args.batch;
   p.state_aligned = rows_aligned(args.state, states, args.heads_v, kDim);
   const int32_t dtype = args.state.dtype;
-  bool launched = dtype == MATE_FLOAT32   ? launch_decode<MATE_FLOAT32>(p, stream)
-                  : dtype == MATE_FLOAT16 ? launch_decode<MATE_FLOAT16>(p, stream)
-                                          : launch_decode<MATE_BFLOAT16>(p, stream);
+  bool launched = dtype == MATE_FLOAT32   ? launch_decode<MATE_FLOAT32>(p, early, stream)
+                  : dtype == MATE_FLOAT16 ? launch_decode<MATE_FLOAT16>(p, early, stream)
+                                          : launch_decode<MATE_BFLOAT16>(p, early, stream);
   if (launched && p.group > 1) {
     const int64_t channels = args.batch * 2 * args.heads_qk * kDim;
     launched = launch(advance_windows, (channels + kAdvanceThreads - 1) / kAdvanceThreads,

@@ -2,6 +2,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "gated_norm.h"
+#include "layer_step.h"
 #include "short_conv.h"
 
 // Barriers of the source are numbered from 0.

@@ -7,6 +7,7 @@ is there then.
 import functools
 import importlib.metadata
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ DEVICES = ("cuda", "musa")
 def runtime(device_type: str) -> Any:
     """torch.cuda or torch.musa; None where PyTorch has no such module."""
     return getattr(torch, device_type, None)
+
+
+def current_device_of(device_type: str) -> Callable[[], int]:
+    """What tells the current device of a type, once PyTorch has tensors there."""
+    asked: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
+    if device_type == "cuda" and asked is not None:
+        return asked
+    return runtime(device_type).current_device  # type: ignore[no-any-return]
 
 
 # What torch.cuda.current_stream asks, without an object around it: a tenth of a decode step's time.

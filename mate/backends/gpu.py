@@ -11,17 +11,18 @@ import functools
 import os
 from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from mate.backends.call import KdaCall
-from mate.backends.devices import runtime, stream_of, unfit
+from mate.backends.devices import current_device_of, runtime, stream_of, unfit
 from mate.backends.native import ABI_VERSION, DTYPE_CODES, STATUS, pack
 
 LAUNCH_FAILED = 3
 CHUNKED_DTYPES = (torch.float16, torch.bfloat16)  # token by token fp32 too
-LAYER_FUNCTIONS = ("short_conv", "gated_norm", "decode_step")
+LAYER_FUNCTIONS = ("short_conv", "gated_norm", "decode_step", "layer_step")
 
 
 def library_path(device_type: str) -> Path:
@@ -38,8 +39,9 @@ def load(path: Path) -> ctypes.CDLL | str:
         return f"{path} could not be loaded: {error}"
     try:
         version = lib.mate_abi_version()
-        lib.mate_gpu_kda_workspace.argtypes = [c_char_p]
-        lib.mate_gpu_kda_workspace.restype = c_int64
+        for name in ("kda", "layer_step"):
+            workspace = getattr(lib, f"mate_gpu_{name}_workspace")
+            workspace.argtypes, workspace.restype = [c_char_p], c_int64
         lib.mate_gpu_kda_forward.argtypes = [c_char_p, c_void_p, c_void_p]
         for name in LAYER_FUNCTIONS:
             getattr(lib, f"mate_gpu_{name}").argtypes = [c_char_p, c_void_p]
@@ -82,24 +84,41 @@ def refusal(device: torch.device, dtype: torch.dtype, recurrent: bool = False) -
     return unusable(device)
 
 
-def queue(function: str, device: torch.device, *arguments: bytes | int | None) -> None:
-    """Calls a function of the device's library for PyTorch's current stream.
+class Queue:
+    """A function of a device's library, for PyTorch's current stream there.
 
     It launches on the current device, and asks that for its size.
     """
-    lib = library(device.type)
-    if isinstance(lib, str):
-        raise RuntimeError(lib)
-    if device.index == runtime(device.type).current_device():
-        status = getattr(lib, function)(*arguments, stream_of(device))
-    else:
-        with runtime(device.type).device(device):
-            status = getattr(lib, function)(*arguments, stream_of(device))
-    if status == LAUNCH_FAILED:
-        said = lib.mate_gpu_last_error().decode()
-        raise RuntimeError(f"{function}: a kernel was not launched: {said}")
-    if status != 0:
-        raise RuntimeError(f"{function} on {device} failed: {STATUS.get(status, status)}")
+
+    def __init__(self, function: str, device: torch.device) -> None:
+        lib = library(device.type)
+        if isinstance(lib, str):
+            raise RuntimeError(lib)
+        self.function = getattr(lib, function)
+        self.device, self.index = device, device.index
+        self.runtime = runtime(device.type)
+        self.current_device = current_device_of(device.type)
+
+    def __call__(self, *arguments: bytes | int | None) -> None:
+        if self.index == self.current_device():
+            status = self.function(*arguments, stream_of(self.device))
+        else:
+            with self.runtime.device(self.device):
+                status = self.function(*arguments, stream_of(self.device))
+        if status != 0:
+            self._fail(status)
+
+    def _fail(self, status: int) -> NoReturn:
+        name, lib = self.function.__name__, library(self.device.type)
+        if status == LAUNCH_FAILED and not isinstance(lib, str):
+            said = lib.mate_gpu_last_error().decode()
+            raise RuntimeError(f"{name}: a kernel was not launched: {said}")
+        raise RuntimeError(f"{name} on {self.device} failed: {STATUS.get(status, status)}")
+
+
+def queue(function: str, device: torch.device, *arguments: bytes | int | None) -> None:
+    """Calls a function of the device's library once."""
+    Queue(function, device)(*arguments)
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -109,16 +128,19 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """
     device = call.q.device
     packed, keep = pack(call, output, final_state)
-    workspace = None if call.recurrent else _workspace(packed, device)
+    workspace = None
+    if not call.recurrent:
+        size = max(0, workspace_bytes("kda", device, packed))
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
     at = None if workspace is None else workspace.data_ptr()
     queue("mate_gpu_kda_forward", device, packed, at)
     del keep, workspace
 
 
-def _workspace(packed: bytes, device: torch.device) -> Tensor:
+def workspace_bytes(function: str, device: torch.device, packed: bytes) -> int:
+    """Of device memory that a call needs; -1 where the kernels do not serve it."""
     lib = library(device.type)
     if isinstance(lib, str):
         raise RuntimeError(lib)
     with runtime(device.type).device(device):  # it asks for the size of the current one
-        size = max(0, lib.mate_gpu_kda_workspace(packed))
-    return torch.empty(size, dtype=torch.uint8, device=device)
+        return int(getattr(lib, f"mate_gpu_{function}_workspace")(packed))

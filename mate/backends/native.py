@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mate.backends.call import KdaCall
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GATE_LOG_DECAY, GATE_BOUNDED, GATE_SOFTPLUS = 0, 1, 2
 AUTO, CHUNK, RECURRENT = 0, 1, 2
@@ -27,7 +27,7 @@ STATUS = {1: "out of memory", 2: "unsupported arguments"}
 # Structures are packed in one go: ctypes would take longer to fill them field by field than a
 # decode step of a small layer takes.
 TENSOR = "P3qi0q"  # mate_tensor; 0q: padded to the alignment of int64_t, as C does
-_KDA = struct.Struct("@" + 9 * TENSOR + "Pq3P5q2f6i0q")  # mate_kda_args
+KDA = struct.Struct("@" + 9 * TENSOR + "Pq3P5q2f6i0q")  # mate_kda_args
 _NO_TENSOR = (0, 0, 0, 0, 0)
 
 
@@ -133,7 +133,7 @@ def fp32(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[bytes, Any]:
+def kda_fields(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[list[Any], Any]:
     """The ``mate_kda_args`` of a call, and tensors made for it, to be kept until it returns."""
     A_log = None if call.A_log is None else fp32(call.A_log)
     dt_bias = None if call.dt_bias is None else fp32(call.dt_bias)
@@ -143,7 +143,7 @@ def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[byt
     if A_log is not None:
         gate = GATE_SOFTPLUS if call.lower_bound is None else GATE_BOUNDED
     batch, tokens, heads, _ = call.v.shape
-    packed = _KDA.pack(
+    fields = [
         *tensor_fields(call.q), *tensor_fields(call.k), *tensor_fields(call.v),
         *tensor_fields(call.g), *tensor_fields(call.beta), *tensor_fields(output),
         *tensor_fields(call.initial_state), *tensor_fields(final_state),
@@ -163,8 +163,24 @@ def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[byt
         | STATE_V_FIRST * call.state_v_first,
         RECURRENT if call.recurrent else AUTO,
         torch.get_num_threads(),
-    )  # fmt: skip
-    return packed, (A_log, dt_bias, cu_seqlens, indices)
+    ]  # fmt: skip
+    return fields, (A_log, dt_bias, cu_seqlens, indices)
+
+
+def pack(call: KdaCall, output: Tensor, final_state: Tensor | None) -> tuple[bytes, Any]:
+    """As the C interface takes it, and what is to be kept until it returns."""
+    fields, keep = kda_fields(call, output, final_state)
+    return KDA.pack(*fields), keep
+
+
+def run(function: str, *arguments: bytes) -> None:
+    """Calls a function of the library."""
+    lib = library()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    status = getattr(lib, function)(*arguments)
+    if status != 0:
+        raise RuntimeError(f"{function} failed: {STATUS.get(status, status)}")
 
 
 def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
@@ -172,11 +188,6 @@ def forward(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
 
     ``final_state`` may be the memory of ``call.initial_state``.
     """
-    lib = library()
-    if isinstance(lib, str):
-        raise RuntimeError(lib)
     packed, keep = pack(call, output, final_state)
-    status = lib.mate_kda_forward(packed)
+    run("mate_kda_forward", packed)
     del keep
-    if status != 0:
-        raise RuntimeError(f"the native KDA kernel failed: {STATUS.get(status, status)}")

@@ -4,6 +4,7 @@ Each function takes tensors of one device, and goes to that device's library.
 """
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from mate.backends.switches import disabled
 
 HEAD_DIM = 128
 MAX_CONV_WIDTH = 8
+MAX_LAYER_STEP_BATCH = 4
 
 _ROWS = "Pqi0q"  # mate_rows
 _SHORT_CONV = struct.Struct("@" + 4 * TENSOR + _ROWS + "P4q3i0q")
 _GATED_NORM = struct.Struct("@" + 3 * TENSOR + _ROWS + "4qfi0q")
-_DECODE = struct.Struct("@" + 12 * _ROWS + TENSOR + "3Pq3q3f5i0q")
+_DECODE_FIELDS = 12 * _ROWS + TENSOR + "3Pq3q3f5i0q"
+DECODE = struct.Struct("@" + _DECODE_FIELDS)
+LAYER_STEP = struct.Struct("@" + 2 * _ROWS + "10P2q" + _DECODE_FIELDS)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -49,11 +53,10 @@ def serves(first: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _run(name: str, arguments: bytes, device: torch.device) -> None:
-    if device.type != "cpu":
-        return gpu.queue(f"mate_gpu_{name}", device, arguments)
-    status = getattr(native.library(), f"mate_{name}")(arguments)
-    if status != 0:
-        raise RuntimeError(f"mate_{name} failed: {native.STATUS.get(status, status)}")
+    if device.type == "cpu":
+        native.run(f"mate_{name}", arguments)
+    else:
+        gpu.queue(f"mate_gpu_{name}", device, arguments)
 
 
 def short_conv(
@@ -104,7 +107,7 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, output: Tens
     )  # fmt: skip
 
 
-def decode_step(
+def decode_fields(
     rows: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
     state: Tensor,
@@ -116,28 +119,30 @@ def decode_step(
     lower_bound: float | None,
     flags: int,
     state_indices: Tensor | None = None,
-) -> None:
-    """One token a sequence; see ``mate_decode_args``.
+) -> list[Any]:
+    """The ``mate_decode_args`` of one token a sequence.
 
     ``rows``: q, k, v, g, beta, output gate, output and conv state, each row contiguous;
     ``weights``: contiguous, of the convolutions of q, k and v and of the norm; A_log and dt_bias:
     contiguous fp32; ``heads``: (q/k, value); ``state_indices``: contiguous int32 or int64.
     """
-    fields: list[int] = []
+    fields: list[Any] = []
     for x in rows:
         fields += x.data_ptr(), x.stride()[0], DTYPE_CODES[x.dtype]
     for x in weights:
         fields += x.data_ptr(), 0, DTYPE_CODES[x.dtype]
     gate = native.GATE_SOFTPLUS if lower_bound is None else native.GATE_BOUNDED
-    _run(
-        "decode_step",
-        _DECODE.pack(
-            *fields, state.data_ptr(), *state.stride()[:3], DTYPE_CODES[state.dtype],
-            A_log.data_ptr(), dt_bias.data_ptr(), *native.index_fields(state_indices, state),
-            rows[0].shape[0], *heads,
-            HEAD_DIM**-0.5, lower_bound or 0.0, norm_eps,
-            state_indices is not None and state_indices.dtype == torch.int64,
-            width, gate, native.L2NORM | native.BETA_SIGMOID | flags, torch.get_num_threads(),
-        ),
-        state.device,
-    )  # fmt: skip
+    return [
+        *fields, state.data_ptr(), *state.stride()[:3], DTYPE_CODES[state.dtype],
+        A_log.data_ptr(), dt_bias.data_ptr(), *native.index_fields(state_indices, state),
+        rows[0].shape[0], *heads,
+        HEAD_DIM**-0.5, lower_bound or 0.0, norm_eps,
+        state_indices is not None and state_indices.dtype == torch.int64,
+        width, gate, native.L2NORM | native.BETA_SIGMOID | flags,
+        torch.get_num_threads(),
+    ]  # fmt: skip
+
+
+def decode_step(rows: tuple[Tensor, ...], *others: Any) -> None:
+    """One token a sequence: the call of :func:`decode_fields`."""
+    _run("decode_step", DECODE.pack(*decode_fields(rows, *others)), rows[0].device)

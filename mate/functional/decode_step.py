@@ -12,15 +12,21 @@ from torch.autograd.graph import increment_version
 from mate import backends
 from mate.backends import native, native_layer, pool
 from mate.backends.call import KdaCall
+from mate.backends.native_layer import MAX_CONV_WIDTH
+from mate.backends.prepared import Prepared
 from mate.functional import gated_norm, short_conv
 from mate.functional.contract import check_indices_differ
-from mate.functional.direct import is_direct
+from mate.functional.direct import is_direct, is_eager, needs_gradient
+from mate.functional.repeated import Remembered, form_of
 
 HEAD_DIM = 128
 _TENSORS = (
     *("q", "k", "v", "g", "beta", "output_gate", "conv_state", "state"),
     *("q_weight", "k_weight", "v_weight", "A_log", "dt_bias", "norm_weight"),
 )
+_CONVS = _TENSORS[8:11]
+
+_repeated = Remembered()
 
 
 def kda_decode_step(
@@ -62,7 +68,8 @@ def kda_decode_step(
         output_gate: Logits of the output gate, v's shape.
         conv_state: [B, (2 * Hqk + Hv) * 128, W], contiguous, q's dtype: the windows of q, k and v.
         state: [B, Hv, V, K] contiguous; q's dtype or fp32.
-        q_weight: [Hqk * 128, W], any float dtype; k_weight alike, v_weight [Hv * 128, W].
+        q_weight: [Hqk * 128, W], or [Hqk * 128, 1, W] as nn.Conv1d has it, any float dtype;
+            k_weight alike, v_weight [Hv * 128, W].
         k_weight: See q_weight.
         v_weight: See q_weight.
         A_log: [Hv], any float dtype.
@@ -86,16 +93,36 @@ def kda_decode_step(
     """
     tensors = (
         q, k, v, g, beta, output_gate, conv_state, state,
-        q_weight, k_weight, v_weight, A_log, dt_bias, norm_weight,
+        q_weight, k_weight, v_weight, A_log, dt_bias, norm_weight, state_indices,
     )  # fmt: skip
-    _check(*tensors, state_indices=state_indices)
-    options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first, state_indices)
-    direct = is_direct(*tensors, state_indices)
-    run = _kda_decode_step if direct else torch.ops.mate.kda_decode_step
-    return run(*tensors, *options)
+    options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first)
+    output = repeat_decode_step(tensors, options)
+    if output is not None:
+        return output
+    check_decode_step(*tensors[:-1], state_indices=state_indices)
+    if not is_direct(*tensors):
+        return torch.ops.mate.kda_decode_step(*tensors[:-1], *options, state_indices)
+    output = _kda_decode_step(*tensors[:-1], *options, state_indices)
+    again = _RepeatedStep.of(tensors, output, *options)
+    if again is not None:
+        _repeated.keep(form_of(tensors, *options), again)
+    return output
 
 
-def _check(
+def repeat_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor | None:
+    """:func:`kda_decode_step` if it has served such a call before; None: nothing was done.
+
+    ``tensors``: its fourteen and the indices; ``options``: the others, in its order.
+    """
+    if not is_eager():
+        return None
+    again: _RepeatedStep | None = _repeated.find(form_of(tensors, *options))
+    if again is None or needs_gradient(*tensors):
+        return None
+    return again.run(tensors) if native_layer.has_kernels(tensors[0].device) else None
+
+
+def check_decode_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -126,7 +153,7 @@ def _check(
     )
     tensors = (q, k, v, g, beta, output_gate, conv_state, state, *weights)
     for name, x, shape in zip(_TENSORS, tensors, shapes, strict=True):
-        if x.shape != shape:
+        if x.shape != shape and not (name in _CONVS and x.shape == (shape[0], 1, width)):
             raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(x.shape)}")
         if x.is_cpu != on_cpu or (not on_cpu and x.device != q.device):
             raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
@@ -163,28 +190,87 @@ def _kda_decode_step(*args: Any) -> Tensor:
     *tensors, norm_eps, lower_bound, allow_neg_eigval, state_v_first, state_indices = args
     if state_indices is not None and state_indices.is_cpu:
         check_indices_differ(state_indices, tensors[7].shape[0])
-    v, weights = tensors[2], (*tensors[8:11], tensors[13])
-    A_log, dt_bias = native.fp32(tensors[11]), native.fp32(tensors[12])
+    for i in (8, 9, 10):
+        tensors[i] = tensors[i].view(-1, tensors[i].shape[-1])
+    v, width = tensors[2], tensors[8].shape[-1]
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
-    width = weights[0].shape[-1]
     increment_version(tensors[6:8])  # so that autograd sees what was overwritten
-    if width > native_layer.MAX_CONV_WIDTH or not native_layer.serves(*tensors[:11], tensors[13]):
-        return output.copy_(_step_by_step(*args))
-    rows = (x if x.stride()[-1] == 1 else x.contiguous() for x in tensors[:6])
-    native_layer.decode_step(
-        (*rows, output, tensors[6]),
-        tuple(x.contiguous() for x in weights),
+    if width > MAX_CONV_WIDTH or not native_layer.serves(*tensors[:11], tensors[13]):
+        return output.copy_(_step_by_step(*tensors, *args[14:]))
+    for i in (*range(6), 8, 9, 10, 13):
+        if tensors[i].stride()[-1] != 1 or (i > 6 and not tensors[i].is_contiguous()):
+            tensors[i] = tensors[i].contiguous()
+    tensors[11:13] = native.fp32(tensors[11]), native.fp32(tensors[12])
+    native_layer.decode_step(*kernel_arguments((*tensors, state_indices), output, *args[14:18]))
+    return output
+
+
+def kernel_arguments(
+    tensors: tuple[Any, ...],
+    output: Tensor,
+    norm_eps: float,
+    lower_bound: float | None,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+) -> tuple[Any, ...]:
+    """:func:`mate.backends.native_layer.decode_fields`'s, of :func:`kda_decode_step`'s tensors."""
+    q, v, weight = tensors[0], tensors[2], tensors[8]
+    return (
+        (*tensors[:6], output, tensors[6]),
+        (*tensors[8:11], tensors[13]),
         tensors[7],
-        A_log,
-        dt_bias,
-        (tensors[0].shape[-1] // HEAD_DIM, v.shape[-1] // HEAD_DIM),
-        width,
+        *tensors[11:13],
+        (q.shape[-1] // HEAD_DIM, v.shape[-1] // HEAD_DIM),
+        weight.shape[-1],
         norm_eps,
         lower_bound,
         native.NEG_EIGVAL * allow_neg_eigval | native.STATE_V_FIRST * state_v_first,
-        state_indices,
+        tensors[14],
     )
-    return output
+
+
+def takes_as_they_are(tensors: tuple[Any, ...]) -> bool:
+    """Whether the native kernel serves, and needs no tensor of its own nor a look at values.
+
+    ``tensors``: :func:`kda_decode_step`'s and the indices.
+    """
+    indices = tensors[14]
+    if indices is not None and indices.is_cpu:
+        return False
+    if tensors[8].shape[-1] > MAX_CONV_WIDTH or any(x.stride()[-1] != 1 for x in tensors[:6]):
+        return False
+    if not all(x.is_contiguous() for x in tensors[8:14]):
+        return False
+    fp32 = all(x.dtype == torch.float32 for x in tensors[11:13])
+    return fp32 and native_layer.serves(*tensors[:11], tensors[13])
+
+
+# Of addresses in mate_decode_args: of kda_decode_step's tensors and the indices, in its order, and
+# of the output.
+DECODE_PLACES = (*range(0, 18, 3), 21, 36, *range(24, 33, 3), 41, 42, 33, 43, 18)
+
+
+class _RepeatedStep:
+    """A call of the native kernel that has been made, for others of its form."""
+
+    def __init__(self, fields: list[Any], output: Tensor) -> None:
+        layout, places = native_layer.DECODE, DECODE_PLACES
+        self._prepared = Prepared("decode_step", layout, fields, places, output.device)
+
+    @classmethod
+    def of(cls, tensors: tuple[Any, ...], output: Tensor, *options: Any) -> "_RepeatedStep | None":
+        """None where the kernel does not serve, or needs tensors of its own."""
+        if not takes_as_they_are(tensors):
+            return None
+        return cls(native_layer.decode_fields(*kernel_arguments(tensors, output, *options)), output)
+
+    def run(self, tensors: tuple[Any, ...]) -> Tensor:
+        output = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        addresses.append(output.data_ptr())
+        increment_version(tensors[6:8])
+        self._prepared.run(addresses)
+        return output
 
 
 def _step_by_step(

@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mate import backends
+from mate.backends import native
 from mate.backends.call import KdaCall
+from mate.backends.prepared import Prepared
+from mate.backends.switches import disabled
 from mate.functional.contract import check_cu_seqlens, check_indices_differ, no_second_derivative
+from mate.functional.repeated import Extents, extent
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
@@ -58,7 +62,7 @@ def _check_values(call: KdaCall) -> None:
 def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> None:
     """Nothing may be written where something else is read, but a state over the state it follows.
 
-    Views with gaps may lie in turns in the same memory: of these only the beginnings are compared.
+    Of views with gaps only the beginnings are compared.
     """
     others: list[tuple[str, Tensor | None]]
     others = [("q", call.q), ("k", call.k), ("v", call.v), ("g", call.g), ("beta", call.beta)]
@@ -73,19 +77,13 @@ def _check_apart(call: KdaCall, output: Tensor, final_state: Tensor | None) -> N
         if x is None:
             continue
         begin = x.data_ptr()
-        end = _end(x, begin)
+        end = begin + extent(x)
         for other, y in others:
-            if y is None or (first := y.data_ptr()) >= end or first + y.nbytes <= begin:
-                continue
-            if _end(y, first) <= begin:
+            if y is None or (first := y.data_ptr()) >= end or first + extent(y) <= begin:
                 continue
             if not (name == "final_state" and other == "initial_state" and _same_elements(x, y)):
                 raise ValueError(f"{name} must not overlap {other}: both lie in the same memory")
         others.append((name, x))
-
-
-def _end(x: Tensor, begin: int) -> int:
-    return begin + (x.nbytes if x.is_contiguous() else min(1, x.numel()))
 
 
 def _same_elements(x: Tensor, y: Tensor) -> bool:
@@ -125,6 +123,50 @@ def kda_out(*args: Any) -> None:
     backends.forward(call, output, final_state)
     # so that autograd sees a graph whose saved tensors were overwritten
     increment_version([x for x in (output, final_state, token_states) if x is not None])
+
+
+class RepeatedKda:
+    """A token-by-token call that has been made, for others of its form.
+
+    ``tensors``, everywhere: the caller's q, k, v, g, beta, output, initial_state, final_state,
+    token_states, state_indices, A_log, dt_bias and cu_seqlens.
+    """
+
+    _PLACES = (*range(0, 45, 5), 45, 47, 48, 49)  # of their addresses in mate_kda_args
+    _WRITTEN = (5, 7, 8)
+
+    def __init__(self, prepared: Prepared, tensors: tuple[Any, ...]) -> None:
+        self._prepared = prepared
+        self._written = [i for i in self._WRITTEN if tensors[i] is not None]
+        self._extents = Extents(tensors, self._written)
+
+    @classmethod
+    def of(cls, call: KdaCall, output: Tensor, tensors: tuple[Any, ...]) -> "RepeatedKda | None":
+        """None where a call needs a look at values, or tensors of its own."""
+        rest = tensors[9:]
+        if call.q.is_cpu and not (call.cu_seqlens is None and rest[0] is None):
+            return None
+        if not all(x is None or x.is_contiguous() for x in rest):
+            return None
+        if not all(x is None or x.dtype == torch.float32 for x in rest[1:3]):
+            return None
+        if backends.backend_for(call.q.device, call.q.dtype, recurrent=True).name != "native":
+            return None
+        fields, _ = native.kda_fields(call, output, tensors[7])
+        return cls(Prepared("kda_forward", native.KDA, fields, cls._PLACES, call.q.device), tensors)
+
+    def run(self, tensors: tuple[Any, ...]) -> Tensor | None:
+        """The output; None: nothing was done, and the call must be made in full."""
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        if disabled("native") or not self._extents.apart(addresses):
+            return None
+        output: Tensor | None = tensors[5]
+        if output is None:
+            output = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+            addresses[5] = output.data_ptr()
+        self._prepared.run(addresses)
+        increment_version([tensors[i] for i in self._written])
+        return output
 
 
 def _kda_backward(d_output: Tensor, d_final_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

@@ -234,10 +234,11 @@ class KimiDeltaAttention(DeltaMixer, nn.Module):
             conv = modules[name]
             if not is_plain(conv, ShortConvolution):
                 return None
-            convs.append(conv._parameters["weight"].squeeze(1))
-        if not is_plain(norm, GatedRMSNorm):
+            convs.append(conv._parameters.get("weight"))
+        weight = norm._parameters.get("weight")
+        if not is_plain(norm, GatedRMSNorm) or any(x is None for x in (weight, *convs)):
             return None
-        return DecodeWeights(convs, norm.weight, norm.eps)
+        return DecodeWeights(convs, weight, norm.eps)
 
     def low_rank_gates(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         modules: Any = self._modules  # nn.Module's attribute look-up takes longer

@@ -15,10 +15,11 @@ from torch import Tensor
 from mate.backends import native_layer, pool
 from mate.functional import chunk_kda, recurrent_kda
 from mate.functional.contract import FLOAT_DTYPES, check_cu_seqlens_form
-from mate.functional.decode_step import kda_decode_step
+from mate.functional.decode_step import kda_decode_step, repeat_decode_step
+from mate.functional.layer_step import Projections, kda_layer_step
 from mate.layers.cache import LinearCache, check_pool_tensor
 from mate.layers.documents import pack, trailing_mask
-from mate.layers.projections import FusedProjections, is_plain
+from mate.layers.projections import FusedProjections, is_plain, weights_of
 
 __all__ = ["DecodeWeights", "DeltaMixer", "is_plain"]
 
@@ -28,7 +29,7 @@ MAX_RECURRENT_TOKENS = 16
 class DecodeWeights(NamedTuple):
     """What a fused decode step reads of the small modules instead of calling them."""
 
-    convs: Sequence[Tensor]  # of q, k and v, [C, W]
+    convs: Sequence[Tensor]  # of q, k and v, [C, W] or [C, 1, W]
     norm: Tensor
     norm_eps: float
 
@@ -66,10 +67,11 @@ class DeltaMixer:
         return None
 
     def fuse_projections(self) -> bool:
-        """Make the projections that read the hidden state one matrix product at inference.
+        """Make all projections but the last two matrix products at inference.
 
-        Those of q, k, v, beta and both gates' first halves become slices of one matrix in memory,
-        and a call without gradients multiplies with that: one product instead of six. Parameters,
+        Those of q, k, v, beta and both gates' first halves, which read the hidden state, become
+        slices of one matrix in memory, both gates' second halves of another, and a call without
+        gradients multiplies with these: two products instead of eight. Parameters,
         state dict and training stay as they are, and there is no second copy, but for a moment
         inside this call. It is for a layer that is where it will serve: loaded, on its device, in
         its dtype. No forward pass does it by itself, because swapping the memory under parameters
@@ -85,8 +87,7 @@ class DeltaMixer:
             Whether they are fused, and used so: not where one is no plain ``nn.Linear`` without a
             bias, has a hook, or differs in dtype or device.
         """
-        (f_down, _), (g_down, _) = self.low_rank_gates()
-        linears = self._input_projections(f_down, g_down)
+        linears = self._projections()
         possible = FusedProjections.possible(linears)
         if self._fused is not None and not self._fused.holds(linears):
             self._fused = None
@@ -94,11 +95,14 @@ class DeltaMixer:
             self._fused = FusedProjections(linears)
         return possible  # a hook suspends what is fused: it may go again
 
-    def _input_projections(self, f_down: Any, g_down: Any) -> list[Any]:
-        """What reads the hidden state; the small one last, where it spoils no alignment."""
+    def _projections(self) -> list[Any]:
+        """All but the last, in :class:`FusedProjections`' order."""
+        (f_down, f_up), (g_down, g_up) = self.low_rank_gates()
         modules: Any = self._modules  # type: ignore[attr-defined]  # faster than nn.Module's own
-        q, k, v, b = (modules[f"{name}_proj"] for name in "qkvb")
-        return [q, k, v, f_down, g_down, b]
+        q, k, v, b = (
+            modules["q_proj"], modules["k_proj"], modules["v_proj"], modules["b_proj"],
+        )  # fmt: skip
+        return [q, k, v, f_down, g_down, b, f_up, g_up]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What .to comes down to: gives each parameter memory of its own, or leaves it alone.
@@ -108,8 +112,7 @@ class DeltaMixer:
         fused, self._fused = self._fused, None
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         if fused is not None:
-            (f_down, _), (g_down, _) = self.low_rank_gates()
-            linears = self._input_projections(f_down, g_down)
+            linears = self._projections()
             if fused.holds(linears):
                 self._fused = fused
             elif fused.moved(linears):
@@ -117,19 +120,19 @@ class DeltaMixer:
                 self.fuse_projections()
         return result
 
-    def _project(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k and v before their convolutions, the gate's input, beta, the output gate."""
-        (f_down, f_up), (g_down, g_up) = self.low_rank_gates()
+        q, k, v, f_down, g_down, b, f_up, g_up = linears = self._projections()
         fused = self._fused
         if fused is not None and not _needs_modules():
-            linears = self._input_projections(f_down, g_down)
             if fused.serves(linears):
-                q, k, v, f, g, beta = fused.product(x)
-                return [q, k, v], f_up(f), beta, g_up(g)
+                return fused.product(x)
             if not fused.holds(linears):
                 self._fused = None
-        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        return streams, f_up(f_down(x)), self.b_proj(x), g_up(g_down(x))
+        # A single token cut from a longer sequence keeps its strides, for which nn.Linear would
+        # copy its whole weight before every product.
+        x = x.reshape(-1).view(x.shape)
+        return q(x), k(x), v(x), f_up(f_down(x)), b(x), g_up(g_down(x))
 
     def mix(
         self,
@@ -193,20 +196,23 @@ class DeltaMixer:
             conv_state = _append_zeros(conv_state, unowned)
             state = _append_zeros(state, unowned)
 
-        # A single token cut from a longer sequence keeps its strides, for which nn.Linear would
-        # copy its whole weight before every product.
-        x = x.reshape(-1).view(x.shape)
-        streams, gate_input, beta, gate = self._project(x)
+        v_first = getattr(cache, "state_v_first", False)
         one_token = cu_seqlens is None and not unowned and x.shape[1] == 1
-        if one_token and cache is not None and conv_state is not None and state is not None:
-            rows = (*streams, gate_input, beta, gate)
-            v_first = getattr(cache, "state_v_first", False)
+        step = one_token and not torch.is_grad_enabled()
+        if step and cache is not None and conv_state is not None and state is not None:
+            y = self._step(x, conv_state, state, v_first, slots)
+            if y is not None:
+                self._write_decoded(cache, conv_state, state)
+                return y
+        q, k, v, gate_input, beta, gate = self._project(x)
+        if step and cache is not None and conv_state is not None and state is not None:
+            rows = (q, k, v, gate_input, beta, gate)
             decoded = self._decode(rows, conv_state, state, v_first, slots)
             if decoded is not None:
                 self._write_decoded(cache, conv_state, state)
                 return self.o_proj(decoded)
         keeps = cache is not None
-        streams, windows = self._convolve(streams, conv_state, slots, cu_seqlens, keeps)
+        streams, windows = self._convolve([q, k, v], conv_state, slots, cu_seqlens, keeps)
         q, k, v = (stream.unflatten(-1, (-1, self.head_dim)) for stream in streams)
         A_log, dt_bias = self.decay_parameters()
         options: dict[str, Any] = {
@@ -216,7 +222,7 @@ class DeltaMixer:
             "dt_bias": dt_bias,
             "lower_bound": self.lower_bound,
             "allow_neg_eigval": self.allow_neg_eigval,
-            "state_v_first": getattr(cache, "state_v_first", False),
+            "state_v_first": v_first,
             "initial_state": state,
             "output_final_state": keeps,
         }
@@ -239,6 +245,41 @@ class DeltaMixer:
         gate = gate.unflatten(-1, (-1, self.head_dim))
         return self.o_proj(self.o_norm(o, gate).flatten(-2))
 
+    def _step(
+        self,
+        x: Tensor,
+        conv_state: Tensor,
+        state: Tensor,
+        state_v_first: bool,
+        slots: Tensor | None,
+    ) -> Tensor | None:
+        """One token of a few documents through the whole layer; None where that does not serve.
+
+        From two documents on, fused projections leave the GPU less to do, if the host more.
+        """
+        if x.is_cpu or _needs_modules():
+            return None
+        most = 1 if self._fused is not None else native_layer.MAX_LAYER_STEP_BATCH
+        if x.shape[0] > most:
+            return None
+        projections = weights_of([*self._projections(), self.o_proj])
+        if projections is None:
+            return None
+        weights = self.decode_weights()
+        if weights is None:
+            return None
+        return kda_layer_step(
+            x,
+            Projections(*projections),
+            conv_state,
+            state,
+            weights.convs,
+            *self.decay_parameters(),
+            weights.norm,
+            (weights.norm_eps, self.lower_bound, self.allow_neg_eigval, state_v_first),
+            None if slots is None else slots.contiguous(),
+        )
+
     def _decode(
         self,
         rows: tuple[Tensor, ...],
@@ -252,44 +293,39 @@ class DeltaMixer:
         rows: q, k, v, gate input, beta, output gate. Both states are updated in place; with
         ``slots`` they are pools.
         """
+        weights = self.decode_weights()
+        if weights is None:
+            return None
+        slots = None if slots is None else slots.contiguous()
+        tensors: tuple[Any, ...] = (
+            *rows, conv_state, state, *weights.convs, *self.decay_parameters(), weights.norm, slots,
+        )  # fmt: skip
+        options = weights.norm_eps, self.lower_bound, self.allow_neg_eigval, state_v_first
+        decoded = repeat_decode_step(tensors, options)
+        if decoded is not None:
+            return decoded
         x = rows[0]
-        if torch.is_grad_enabled() or x.dtype not in FLOAT_DTYPES:
+        if x.dtype not in FLOAT_DTYPES:
             return None
         if not x.is_cpu and not native_layer.has_kernels(x.device):
             return None
-        weights = self.decode_weights()
-        if weights is None or not (conv_state.is_contiguous() and state.is_contiguous()):
+        if not (conv_state.is_contiguous() and state.is_contiguous()):
             return None
         if any(y.is_cpu != x.is_cpu for y in (*weights.convs, weights.norm)):
             return None
-        if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[1]:
+        if conv_state.dtype != x.dtype or conv_state.shape[2] != weights.convs[0].shape[-1]:
             return None
         allowed = (x.dtype, torch.float32)
         if any(y.dtype not in allowed for y in (state, *rows[3:])):
             return None
-        q, k, v, g, beta, gate = rows
-        q_weight, k_weight, v_weight = weights.convs
-        A_log, dt_bias = self.decay_parameters()
+        norm_eps, lower_bound, neg_eigval, v_first = options
         return kda_decode_step(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            gate,
-            conv_state,
-            state,
-            q_weight,
-            k_weight,
-            v_weight,
-            A_log,
-            dt_bias,
-            weights.norm,
-            norm_eps=weights.norm_eps,
-            lower_bound=self.lower_bound,
-            allow_neg_eigval=self.allow_neg_eigval,
-            state_v_first=state_v_first,
-            state_indices=None if slots is None else slots.contiguous(),
+            *tensors[:14],
+            norm_eps=norm_eps,
+            lower_bound=lower_bound,
+            allow_neg_eigval=neg_eigval,
+            state_v_first=v_first,
+            state_indices=slots,
         )
 
     def _convolve(

@@ -131,6 +131,30 @@ def _recurrent(device: torch.device, arguments: dict[str, Any]) -> list[Outcome]
     ]
 
 
+def _pooled(device: torch.device, arguments: dict[str, Any]) -> list[Outcome]:
+    """From slots of a pool of NaN, with the state after each token."""
+    tensors, options, expected = drawn(**arguments)
+    dtype = arguments["dtype"]
+    t = {name: x.to(device) for name, x in tensors.items()}
+    documents = t["initial_state"].shape[0]
+    slots = torch.arange(documents, 0, -1, device=device)
+    pool = t["initial_state"].new_full((documents + 2, *expected[1].shape[1:]), torch.nan)
+    pool[slots], t["initial_state"] = t["initial_state"], pool
+    states = torch.full((*t["v"].shape, 128), torch.nan, device=device)
+    output = recurrent_kda(
+        **t, **options, final_state=pool, state_indices=slots, token_states=states
+    )
+    assert isinstance(output, Tensor)
+    ends = [sum(arguments["lens"][: n + 1]) - 1 for n in range(documents)]
+    written = not pool[[0, -1]].isnan().all()
+    return [
+        Outcome("output", relative_error(output, expected[0]), OUTPUT[dtype]),
+        Outcome("final state", relative_error(pool[slots], expected[1]), STATE[dtype]),
+        Outcome("token states", relative_error(states[0, ends], expected[1]), STATE[dtype]),
+        Outcome("other slots", float(written), COPIED),
+    ]
+
+
 def _operator(run: Callable[..., list[Outcome]], name: str, **arguments: Any) -> Case:
     short = {fp16: "fp16", bf16: "bf16", fp32: "fp32"}
     lens = arguments["lens"]
@@ -262,6 +286,7 @@ CASES = [
     _operator(_recurrent, "", dtype=fp16, gate="softplus", lens=(3,)),
     _operator(_recurrent, "", dtype=fp32, gate="log-decay", lens=(5,)),
     _operator(_recurrent, "heads 1:4", dtype=bf16, gate="softplus", lens=(1, 0, 4), heads=(1, 4)),
+    _operator(_pooled, "pool", dtype=bf16, gate="softplus", lens=(2, 1, 3)),
     *(
         Case(
             "short_conv",

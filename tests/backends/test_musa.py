@@ -130,15 +130,54 @@ for got, expected in zip(compiled(**t), both(**t), strict=True):
 """
 
 LAYER = """
+import contextlib
 from layer_truth import make_layer, truth
+from mate.backends import gpu
 from mate.layers import KDACache
-layer = make_layer(dtype=bf16)
-x = torch.randn(1, 20, 48).to(bf16)
-expected = truth(layer, x[0])[0]
-layer, x, cache = layer.to("musa"), x.to("musa"), KDACache()
-with torch.no_grad():
-    parts = [layer(part, cache=cache) for part in (x[:, :18], x[:, 18:19], x[:, 19:])]
-assert rel_rms(torch.cat(parts, 1)[0].cpu(), expected) <= 1e-2
+call, queued = gpu.Queue.__call__, []
+gpu.Queue.__call__ = lambda x, *rest: queued.append(x.function.__name__) or call(x, *rest)
+layer = make_layer(dtype=bf16, num_v_heads=4)
+x = torch.randn(5, 20, 48).to(bf16)
+expected = [truth(layer, row)[0] for row in x]
+layer = layer.to("musa")
+for rows in (1, 2, 3, 4, 5):
+    batch, cache = x[:rows].to("musa"), KDACache()
+    with torch.no_grad():
+        parts = [layer(part, cache=cache) for part in (batch[:, :18], *batch[:, 18:].split(1, 1))]
+    for n, y in enumerate(torch.cat(parts, 1).cpu()):
+        assert rel_rms(y, expected[n]) <= 1e-2
+    few = rows <= 4
+    assert queued[-2:] == 2 * ["mate_gpu_layer_step" if few else "mate_gpu_decode_step"], queued
+
+def served(rows=1, dtype=bf16, context=contextlib.nullcontext):
+    queued.clear()
+    cache = KDACache()
+    with torch.no_grad(), context():
+        layer(x[:rows, :3].to("musa", dtype), cache=cache)
+        layer(x[:rows, 3:4].to("musa", dtype), cache=cache)
+    return "mate_gpu_layer_step" in queued
+
+assert served() and served(4)
+handle = layer.o_proj.register_forward_hook(lambda *_: None)
+assert not served()
+handle.remove()
+weight = layer.q_proj._parameters.pop("weight")
+layer.q_proj.weight = weight.detach()  # as sharding does
+assert not served()
+del layer.q_proj.weight
+layer.q_proj.weight = weight
+assert served()
+forward, torch.nn.Linear.forward = torch.nn.Linear.forward, lambda *a: forward(*a)
+assert not served()
+torch.nn.Linear.forward = forward
+assert served()
+layer.k_proj.bias = torch.nn.Parameter(torch.zeros(256, dtype=bf16, device="musa"))
+assert not served()
+layer.k_proj.bias = None
+assert not served(context=lambda: torch.autocast("cpu", dtype=bf16))
+assert layer.fuse_projections() and served() and not served(2)
+layer.float()
+assert not served(dtype=torch.float32)
 """
 
 PROGRAMS = {

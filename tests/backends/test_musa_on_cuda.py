@@ -24,7 +24,8 @@ def test_every_test_of_a_gpu(tmp_path: Path) -> None:
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-o", str(library)]
     command += [f"-I{ROOT / 'csrc/include'}", f"-I{HERE / 'musa_shim'}"]
     subprocess.run([*command, ROOT / "csrc/gpu/musa.mu"], check=True)
-    files = ("backends/test_gpu.py", "backends/test_gpu_decode.py", "layers/test_layer_gpu.py")
+    files = ["backends/test_gpu.py", "backends/test_gpu_decode.py"]
+    files += ["backends/test_gpu_layer_step.py", "layers/test_layer_gpu.py"]
     tests = [sys.executable, "-m", "pytest", *(str(HERE.parent / name) for name in files)]
     environment = os.environ | {"MATE_CUDA_LIBRARY": str(library)}
     done = subprocess.run(tests, env=environment, capture_output=True, text=True)

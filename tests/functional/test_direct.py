@@ -45,6 +45,7 @@ def test_nothing_else_is():
     x = torch.zeros(2)
     assert not is_direct(x.to("meta"))
     assert not is_direct(x, x.as_subclass(Subclass))
+    assert not is_direct(x, torch.zeros(2, dtype=torch.complex64).conj().imag)
     assert not torch.func.vmap(lambda row: torch.tensor(is_direct(row)))(x[None]).item()
     found = []
     torch.jit.trace(lambda row: found.append(is_direct(row)) or row + 1, x, check_trace=False)

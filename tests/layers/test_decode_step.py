@@ -9,7 +9,10 @@ from layer_truth import make_layer
 from torch import Tensor, nn
 
 from mate.backends import native_layer
+from mate.backends.prepared import Prepared
+from mate.functional import decode_step
 from mate.functional.decode_step import kda_decode_step
+from mate.functional.repeated import Remembered
 from mate.layers import KDACache
 from mate.layers.mixer import DeltaMixer
 
@@ -62,6 +65,14 @@ def test_errors_leave_the_states_alone(name: str) -> None:
     assert torch.equal(t["conv_state"], states[0]) and torch.equal(t["state"], states[1])
 
 
+@pytest.mark.parametrize("name", [n for n in ORDER if n not in ("q", "v", *ORDER[8:11])])
+def test_only_convolution_weights_may_have_a_dimension_more(name: str) -> None:
+    t = {n: x[:, None] if n in ORDER[:6] else x for n, x in draw().items()}
+    t[name] = torch.zeros(t[name].shape[0], 1, W)
+    with pytest.raises(ValueError, match=rf"{name} must be .*\(\d+, 1, {W}\)"):
+        kda_decode_step(*t.values())
+
+
 @pytest.mark.parametrize("v_first", [True, False])
 @pytest.mark.parametrize("middle", [False, True], ids=["[B, C]", "[B, 1, C]"])
 def test_fused_is_the_same_as_step_by_step(
@@ -75,7 +86,7 @@ def test_fused_is_the_same_as_step_by_step(
         rows = wide.split([t[name].shape[1] for name in ORDER[:6]], dim=1)
         t |= {n: x[:, None] if middle else x for n, x in zip(ORDER[:6], rows, strict=True)}
         if not fused:
-            monkeypatch.setattr(native_layer, "serves", lambda *_: False)
+            monkeypatch.setattr(native_layer, "has_kernels", lambda _: False)
         options = {"lower_bound": -5.0, "allow_neg_eigval": True, "state_v_first": v_first}
         y = kda_decode_step(*t.values(), **options)
         assert y.shape == t["v"].shape and y.is_contiguous()
@@ -83,6 +94,55 @@ def test_fused_is_the_same_as_step_by_step(
     for a, b in zip(*results, strict=True):
         assert rel_rms(a, b) < 2e-6
     assert torch.equal(results[0][1], results[1][1])
+
+
+FORMS = {
+    "as drawn": lambda t: {},
+    "[B, 1, C]": lambda t: {n: t[n][:, None] for n in ORDER[:6]},
+    "strided rows": lambda t: {n: torch.cat([t[n]] * 2, 1)[:, : t[n].shape[1]] for n in ORDER[:6]},
+    "fp32 gates": lambda t: {n: t[n].float() for n in ORDER[3:6]},
+    "fp32 weights": lambda t: {n: t[n].float() for n in (*ORDER[8:11], "norm_weight")},
+    "nn.Conv1d's weights": lambda t: {n: t[n][:, None] for n in ORDER[8:11]},
+    "state": lambda t: {"state": t["state"].to(t["q"].dtype)},
+    "fp64 A_log": lambda t: {"A_log": t["A_log"].double()},
+}
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_like_the_one_before(
+    dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It skips the checks: with other values at other addresses, and not where it may not."""
+    monkeypatch.setattr(decode_step, "_repeated", Remembered())
+    run, short = Prepared.run, []
+    monkeypatch.setattr(Prepared, "run", lambda *args: short.append(args) or run(*args))
+    options = {"lower_bound": -5.0, "allow_neg_eigval": True}
+    calls = [t | FORMS[form](t) for t in (draw(dtype), draw(dtype))]
+    for x in calls[1].values():
+        x.copy_(x.flip(-1))
+    for t in calls:
+        others = {name: x.clone() for name, x in t.items()}
+        versions = t["conv_state"]._version, t["state"]._version
+        y = kda_decode_step(*t.values(), **options)
+        assert (t["conv_state"]._version, t["state"]._version) > versions
+        taken = t is calls[1] and form != "fp64 A_log"
+        assert len(short) == taken and y.shape == t["v"].shape
+        with monkeypatch.context() as patch:
+            patch.setenv("MATE_DISABLE", "native")
+            expected = kda_decode_step(*others.values(), **options)
+        for a, b in ((y, expected), *((t[n], others[n]) for n in ("conv_state", "state"))):
+            assert rel_rms(a, b) < (2e-6 if dtype == torch.float32 else 1e-2)
+    with torch.profiler.profile() as profile:
+        kda_decode_step(*t.values(), **options)
+    assert "mate::kda_decode_step" in {event.name for event in profile.events()}
+    kda_decode_step(*t.values(), **options, state_indices=torch.tensor([1, 0]))
+    states = t["conv_state"].clone(), t["state"].clone()
+    with pytest.raises(ValueError, match="got 1 twice"):
+        kda_decode_step(*t.values(), **options, state_indices=torch.tensor([1, 1]))
+    assert torch.equal(t["conv_state"], states[0]) and torch.equal(t["state"], states[1])
+    assert len(short) == taken
 
 
 def test_opcheck() -> None:
@@ -100,7 +160,7 @@ def test_slots_of_a_pool(
 ) -> None:
     """Each row as from its own slot; outside the pool from zeros; other slots keep their bits."""
     if not native:
-        monkeypatch.setattr(native_layer, "serves", lambda *_: False)
+        monkeypatch.setattr(native_layer, "has_kernels", lambda _: False)
     t = draw(dtype)
     for indices in ([3, 1], [0, -1], [-1, 99], [-7, 4]):
         pools = {
@@ -176,13 +236,12 @@ def test_the_layer_decodes_alike_without_it(name: str, monkeypatch: pytest.Monke
     if name == "fp32-convolutions":
         for conv in layer.short_convs():
             conv.float()
-    taken = []
+    decode, decoded = DeltaMixer._decode, []
     monkeypatch.setattr(
-        "mate.layers.mixer.kda_decode_step",
-        lambda *args, **kwargs: taken.append(1) or kda_decode_step(*args, **kwargs),
+        DeltaMixer, "_decode", lambda *args: decoded.append(decode(*args)) or decoded[-1]
     )
     fused = steps(layer, dtype, context())
-    assert len(taken) == 2
+    assert len(decoded) == 2 and all(y is not None for y in decoded)
     monkeypatch.setattr(DeltaMixer, "_decode", lambda *_: None)
     for a, b in zip(fused, steps(layer, dtype, context()), strict=True):
         assert a.dtype == b.dtype and rel_rms(a, b) < bound

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flash_kda
 import mate
+from mate.backends import gpu
 from mate.layers import KDACache, KimiDeltaAttention, StatePool
 
 bf16 = torch.bfloat16
@@ -23,9 +24,15 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _native() -> None:
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The functions that are called."""
     choice = mate.backend_for("cuda", bf16)
     assert choice.name == "native", choice.refusals
+    names, call = [], gpu.Queue.__call__
+    monkeypatch.setattr(
+        gpu.Queue, "__call__", lambda x, *rest: names.append(x.function.__name__) or call(x, *rest)
+    )
+    return names
 
 
 @contextlib.contextmanager
@@ -87,7 +94,7 @@ def test_a_padded_batch_without_waiting() -> None:
 
 
 @torch.no_grad()
-def test_a_graph_replays_prompt_and_step() -> None:
+def test_a_graph_replays_prompt_and_step(queued: list[str]) -> None:
     """One graph for a prompt of 64 tokens, one for a step, over the same cache."""
     layer, whole = draw_layer()
     batch = torch.stack(whole[:3])
@@ -110,10 +117,11 @@ def test_a_graph_replays_prompt_and_step() -> None:
     for n in range(3):
         found = torch.cat([y[n] for y in outputs])
         assert rel_rms(found.cpu(), expected(layer, batch[n, :100])) < BOUND
+    assert queued.count("mate_gpu_layer_step") == 1
 
 
 @torch.no_grad()
-def test_slots_of_a_pool() -> None:
+def test_slots_of_a_pool(queued: list[str]) -> None:
     layer, whole = draw_layer()
     pool = StatePool.for_model(layer, 4)
     slots = [pool.allocate() for _ in range(3)]
@@ -124,6 +132,7 @@ def test_slots_of_a_pool() -> None:
     for n in range(2):
         found = torch.cat([y[n] for y in outputs])
         assert rel_rms(found.cpu(), expected(layer, x[n, :60])) < BOUND
+    assert queued.count("mate_gpu_layer_step") == 10
 
 
 @pytest.mark.parametrize("lens", [None, [0, 40, 23]])

@@ -438,10 +438,19 @@ def decode_and_prefill(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    rows = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, *b: rows.append(w.shape[0]) or linear(x, w, *b))
-    return rows
+    """The columns of each matrix product's result from now on."""
+    columns = []
+
+    def counted(product):
+        def run(*args):
+            columns.append((y := product(*args)).shape[-1])
+            return y
+
+        return run
+
+    for owner, name in ((F, "linear"), (torch, "mm"), (torch, "bmm")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    return columns
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
@@ -453,13 +462,13 @@ def test_fused_projections_change_nothing_else(
     x = torch.randn(2, 6, HIDDEN).to(dtype)
     expected, parameters = decode_and_prefill(layer, x), dict(layer.named_parameters())
     state = {name: value.clone() for name, value in layer.state_dict().items()}
-    rows = count_products(monkeypatch)
+    products = count_products(monkeypatch)
     decode_and_prefill(layer, x)
-    assert len(rows) == 18
+    assert len(products) == 18
     assert layer.fuse_projections() and layer.fuse_projections()
-    rows.clear()
+    products.clear()
     assert rel_rms(decode_and_prefill(layer, x), expected) < {fp32: 2e-6, bf16: 1e-2}[dtype]
-    assert len(rows) == 8 and rows.count(2 * 256 + 512 + 2 * 128 + 4) == 2
+    assert len(products) == 6 and products.count(2 * 256 + 512 + 2 * 128 + 4) == 2
     assert all(p is parameters[name] for name, p in layer.named_parameters())
     found = layer.state_dict()
     assert list(found) == list(state) and all(torch.equal(found[n], state[n]) for n in state)
@@ -516,9 +525,9 @@ def test_fusion_follows_the_parameters(name: str, monkeypatch: pytest.MonkeyPatc
     assert (layer._fused is not None) == (name in KEPT)
     possible = name != "a bias"
     assert layer.fuse_projections() == possible
-    rows = count_products(monkeypatch)
+    products = count_products(monkeypatch)
     assert rel_rms(decode_and_prefill(layer, x), expected) < 2e-6
-    assert len(rows) == (8 if possible else 18)
+    assert len(products) == (6 if possible else 18)
 
 
 class LowRank(nn.Module):
@@ -568,10 +577,10 @@ def test_layers_that_cannot_be_fused() -> None:
 def test_autocast_and_compile_call_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = make_layer(), torch.randn(1, 4, HIDDEN)
     layer.fuse_projections()
-    rows = count_products(monkeypatch)
+    products = count_products(monkeypatch)
     with torch.no_grad(), torch.autocast("cpu", dtype=bf16):
         layer(x)
-    assert len(rows) == 9
+    assert len(products) == 9
     monkeypatch.undo()
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -610,10 +619,10 @@ def test_copies_and_files_are_whole(tmp_path) -> None:
 def test_moving_frees_the_matrix() -> None:
     layer = make_layer()
     layer.fuse_projections()
-    matrix = weakref.ref(layer._fused.matrix)
+    matrix = weakref.ref(layer._fused.inputs.matrix)
     layer.to(bf16)
     gc.collect()
-    assert matrix() is None and layer._fused.matrix.dtype == bf16
+    assert matrix() is None and layer._fused.inputs.matrix.dtype == bf16
 
 
 def test_what_moves_nothing_leaves_the_addresses() -> None:
@@ -629,7 +638,7 @@ def test_what_moves_nothing_leaves_the_addresses() -> None:
             assert [p.data_ptr() for p in layer.parameters()] == before
         assert layer._fused is not None
     assert all(p.is_shared() for p in layer.parameters())
-    assert layer._fused.matrix.is_shared()
+    assert layer._fused.inputs.matrix.is_shared()
 
 
 def test_memory_of_somebody_elses_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

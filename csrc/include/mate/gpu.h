@@ -33,6 +33,28 @@ int32_t mate_gpu_kda_forward(const mate_kda_args* args, void* workspace, void* s
 // small kernel.
 int32_t mate_gpu_decode_step(const mate_decode_args* args, void* stream);
 
+// One token of `decode.batch` sequences through a whole layer, projections and all. Weights are
+// [outputs, inputs], contiguous, of x's dtype, fp16 or bf16, and so is y; of `decode` the rows q,
+// k, v, g, beta, output_gate and output are not read: they lie in the workspace.
+typedef struct {
+  mate_rows x, y;                            // [batch, hidden]
+  const void *q_proj, *k_proj, *v_proj;      // [heads * 128, hidden]
+  const void *f_a_proj, *g_a_proj, *b_proj;  // [rank, hidden] twice, [heads_v, hidden]
+  const void *f_b_proj, *g_b_proj, *o_proj;  // [heads_v * 128, rank] twice, [hidden, heads_v * 128]
+  void* workspace;
+  int64_t hidden, rank;  // multiples of 8
+  mate_decode_args decode;
+} mate_layer_step_args;
+
+#define MATE_MAX_LAYER_STEP_BATCH 4
+
+// Bytes of device memory that mate_gpu_layer_step needs; -1: these arguments are not served.
+int64_t mate_gpu_layer_step_workspace(const mate_layer_step_args* args);
+
+// Queues the step. `workspace` starts at a multiple of 16 bytes and may be used again once the
+// stream has passed.
+int32_t mate_gpu_layer_step(const mate_layer_step_args* args, void* stream);
+
 // Queue what mate_short_conv and mate_gated_norm compute. Of the convolution x and y have one
 // dtype; tokens that belong to no sequence get zeros.
 int32_t mate_gpu_short_conv(const mate_short_conv_args* args, void* stream);

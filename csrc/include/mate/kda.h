@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MATE_ABI_VERSION 2
+#define MATE_ABI_VERSION 3
 #define MATE_HEAD_DIM 128
 
 enum mate_dtype { MATE_FLOAT32 = 0, MATE_FLOAT16 = 1, MATE_BFLOAT16 = 2 };
