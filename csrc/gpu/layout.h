@@ -19,7 +19,7 @@ inline int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 // walk begins with, a step of join_segments, the launches on top.
 constexpr int64_t kMostSlots = 160;  // of all heads: 20 MiB
 constexpr int64_t kLeastFree = 6;    // multiprocessors a sequence and head
-constexpr double kStartCost = 3, kJoinCost = 0.7, kLaunchCost = 6;
+constexpr double kStartCost = 8, kJoinCost = 0.7, kLaunchCost = 6;
 
 // Of a walk over `chunks` in so many pieces, by `rows` sequences and heads at a time on `room`
 // multiprocessors.
@@ -78,6 +78,7 @@ struct Layout {
       slab_chunks = count_of(chunks, wanted++);
       place(args);
     } while (slab_chunks > 1 && !fits());
+    if (slabs > 1 && slots == 0 && !roomy) widen(args);
     if (ring < slab_chunks) ring = slab_chunks;
     reads = operands + ring * args.heads_v * static_cast<int64_t>(sizeof(Operands));
     bytes = operands + ring * chunk_bytes(args);
@@ -92,6 +93,17 @@ struct Layout {
     if (slots > 0 || !roomy || ring < slab_chunks) return ring >= slab_chunks;
     if (slabs == 1) return chunks < 2 * kSlabWorthwhile;
     return ring >= 2 * slab_chunks || ring == chunks;  // preparing need not wait for the scan
+  }
+
+  // Slabs as large as there is room for, rather than alike: what each costs is its walks'
+  // beginning.
+  void widen(const mate_kda_args& args) {
+    const int64_t alike = slab_chunks;
+    slab_chunks = larger_of(ring, 1);
+    place(args);
+    if (slots == 0 && ring >= slab_chunks) return;
+    slab_chunks = alike;
+    place(args);
   }
 
   // Operands and their counts.
