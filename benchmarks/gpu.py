@@ -35,10 +35,14 @@ OURS, FLA, CUDNN = "mate", "fla", "cuDNN"
 PROMISED = BOUNDS["bf16"]
 # q, k, v, g and the output once in 16 bits, and beta
 BYTES = 5 * 2 * D + 2
-EXPLANATION = f"""\
-- **{OURS}**: `mate.chunk_kda`; **{FLA}**: `fla.ops.kda.chunk_kda` with `safe_gate`; **{CUDNN}**:
-  `cudnn.linear_attention.ops.kimi_delta_attention`. All get the same tensors, with gate, l2 norm
-  and sigmoid inside the call: bf16, bounded gate, 128 channels a head, fp32 state in and out.
+CALLED = {
+    OURS: "`mate.chunk_kda`",
+    FLA: "`fla.ops.kda.chunk_kda` with `safe_gate`",
+    CUDNN: "`cudnn.linear_attention.ops.kimi_delta_attention`",
+}
+EXPLANATION = """\
+- All get the same tensors, with gate, l2 norm and sigmoid inside the call: bf16, bounded gate, 128
+  channels a head, fp32 state in and out.
 - *forgetting* (F): gates drawn as kernel benchmarks do, each token forgets a factor of e^2.5 or
   more; *remembering* (R): gates as a freshly initialised layer has them.
 - Times are milliseconds a call, medians of calls that take turns. Each is called from Python and
@@ -324,7 +328,7 @@ def main() -> int:
         f"Written by `{command}` in {minutes:.0f} minutes; every figure is from that one run.",
         f"{torch.cuda.get_device_name()}, a copy moves {rate / 1e9:,.0f} GB/s. mate "
         f"{mate.__version__}, torch {torch.__version__}. " + " ".join(reasons),
-        EXPLANATION,
+        "\n".join(f"- **{name}**: {CALLED[name]}" for name in names) + "\n" + EXPLANATION,
         "## Right before fast",
         "Worst relative RMS error over all rows below. Bounds: "
         + " and ".join(f"{bound:.0e}" for bound in PROMISED)
