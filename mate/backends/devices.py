@@ -22,10 +22,10 @@ def runtime(device_type: str) -> Any:
 
 def current_device_of(device_type: str) -> Callable[[], int]:
     """What tells the current device of a type, once PyTorch has tensors there."""
-    asked: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
-    if device_type == "cuda" and asked is not None:
-        return asked
-    return runtime(device_type).current_device  # type: ignore[no-any-return]
+    current: Callable[[], int] = runtime(device_type).current_device
+    if device_type == "cuda":  # the same without PyTorch's question whether it has begun
+        current = getattr(torch._C, "_cuda_getDevice", current)
+    return current
 
 
 # What torch.cuda.current_stream asks, without an object around it: a tenth of a decode step's time.

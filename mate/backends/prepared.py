@@ -26,8 +26,9 @@ class Prepared:
         self.fields = list(fields)
         self.places = places
         self.on_cpu = device.type == "cpu"
-        self.function = f"mate_{function}"
-        if not self.on_cpu:
+        if self.on_cpu:
+            self.function = f"mate_{function}"
+        else:
             self.queue = gpu.Queue(f"mate_gpu_{function}", device)
             self.workspace = (None,) if function == "kda_forward" else ()
 

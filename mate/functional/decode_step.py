@@ -15,11 +15,10 @@ from mate.backends.call import KdaCall
 from mate.backends.native_layer import MAX_CONV_WIDTH
 from mate.backends.prepared import Prepared
 from mate.functional import gated_norm, short_conv
-from mate.functional.contract import check_indices_differ
+from mate.functional.contract import HEAD_DIM, check_indices_differ
 from mate.functional.direct import is_direct, is_eager, needs_gradient
 from mate.functional.repeated import Remembered, form_of
 
-HEAD_DIM = 128
 _TENSORS = (
     *("q", "k", "v", "g", "beta", "output_gate", "conv_state", "state"),
     *("q_weight", "k_weight", "v_weight", "A_log", "dt_bias", "norm_weight"),
@@ -97,16 +96,7 @@ def kda_decode_step(
     )  # fmt: skip
     options = (norm_eps, lower_bound, allow_neg_eigval, state_v_first)
     output = repeat_decode_step(tensors, options)
-    if output is not None:
-        return output
-    check_decode_step(*tensors[:-1], state_indices=state_indices)
-    if not is_direct(*tensors):
-        return torch.ops.mate.kda_decode_step(*tensors[:-1], *options, state_indices)
-    output = _kda_decode_step(*tensors[:-1], *options, state_indices)
-    again = _RepeatedStep.of(tensors, output, *options)
-    if again is not None:
-        _repeated.keep(form_of(tensors, *options), again)
-    return output
+    return first_decode_step(tensors, options) if output is None else output
 
 
 def repeat_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor | None:
@@ -120,6 +110,19 @@ def repeat_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
     if again is None or needs_gradient(*tensors):
         return None
     return again.run(tensors) if native_layer.has_kernels(tensors[0].device) else None
+
+
+def first_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """:func:`kda_decode_step` in full, to be repeated from then on where that is possible."""
+    *others, state_indices = tensors
+    check_decode_step(*others, state_indices=state_indices)
+    if not is_direct(*tensors):
+        return torch.ops.mate.kda_decode_step(*others, *options, state_indices)
+    output = _kda_decode_step(*others, *options, state_indices)
+    again = _RepeatedStep.of(tensors, output, *options)
+    if again is not None:
+        _repeated.keep(form_of(tensors, *options), again)
+    return output
 
 
 def check_decode_step(

@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from mate.backends import gpu, native_layer
 from mate.backends.devices import DEVICES
 from mate.backends.prepared import Prepared
+from mate.functional.contract import HEAD_DIM
 from mate.functional.decode_step import (
     DECODE_PLACES,
     check_decode_step,
@@ -22,8 +23,6 @@ from mate.functional.decode_step import (
 )
 from mate.functional.direct import is_direct, is_eager
 from mate.functional.repeated import Remembered, form_of
-
-HEAD_DIM = 128
 
 _repeated = Remembered()  # False: not served
 

@@ -19,10 +19,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_recurrent_attention_mask
 
+from mate.functional.contract import HEAD_DIM
 from mate.hf.cache import count_tokens, upgrade_cache
 from mate.hf.packing import add_document_bounds, cu_seqlens_from_kwargs
 from mate.layers.checkpoints import FP32_PARAMETERS
-from mate.layers.kimi_delta_attention import HEAD_DIM, KimiDeltaAttention, ShortConvolution
+from mate.layers.kimi_delta_attention import KimiDeltaAttention, ShortConvolution
 
 KDA, ATTENTION = "linear_attention", "full_attention"
 KDA_PER_ATTENTION = 3  # Kimi Linear's ratio

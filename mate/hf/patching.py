@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import transformers
 from torch import Tensor, nn
 
+from mate.functional.contract import HEAD_DIM
 from mate.hf.packing import add_document_bounds, cu_seqlens_from_kwargs
-from mate.layers.kimi_delta_attention import HEAD_DIM
 from mate.layers.mixer import DeltaMixer
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mate.functional.contract import HEAD_DIM
 from mate.functional.gated_norm import gated_rms_norm
 from mate.functional.short_conv import short_conv
 from mate.layers.cache import LinearCache
 from mate.layers.checkpoints import FP32_PARAMETERS, to_published
 from mate.layers.mixer import DecodeWeights, DeltaMixer, is_plain
 
-HEAD_DIM = 128
 INIT_STD = 0.02
 
 

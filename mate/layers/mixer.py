@@ -15,7 +15,7 @@ from torch import Tensor
 from mate.backends import native_layer, pool
 from mate.functional import chunk_kda, recurrent_kda
 from mate.functional.contract import FLOAT_DTYPES, check_cu_seqlens_form
-from mate.functional.decode_step import kda_decode_step, repeat_decode_step
+from mate.functional.decode_step import first_decode_step, repeat_decode_step
 from mate.functional.layer_step import Projections, kda_layer_step
 from mate.layers.cache import LinearCache, check_pool_tensor
 from mate.layers.documents import pack, trailing_mask
@@ -198,18 +198,20 @@ class DeltaMixer:
 
         v_first = getattr(cache, "state_v_first", False)
         one_token = cu_seqlens is None and not unowned and x.shape[1] == 1
-        step = one_token and not torch.is_grad_enabled()
-        if step and cache is not None and conv_state is not None and state is not None:
-            y = self._step(x, conv_state, state, v_first, slots)
+        held = None  # what a decoding step updates
+        if one_token and not torch.is_grad_enabled():
+            held = None if conv_state is None or state is None else (conv_state, state)
+        if cache is not None and held is not None:
+            y = self._step(x, *held, v_first, slots)
             if y is not None:
-                self._write_decoded(cache, conv_state, state)
+                self._write_decoded(cache, *held)
                 return y
         q, k, v, gate_input, beta, gate = self._project(x)
-        if step and cache is not None and conv_state is not None and state is not None:
+        if cache is not None and held is not None:
             rows = (q, k, v, gate_input, beta, gate)
-            decoded = self._decode(rows, conv_state, state, v_first, slots)
+            decoded = self._decode(rows, *held, v_first, slots)
             if decoded is not None:
-                self._write_decoded(cache, conv_state, state)
+                self._write_decoded(cache, *held)
                 return self.o_proj(decoded)
         keeps = cache is not None
         streams, windows = self._convolve([q, k, v], conv_state, slots, cu_seqlens, keeps)
@@ -318,15 +320,7 @@ class DeltaMixer:
         allowed = (x.dtype, torch.float32)
         if any(y.dtype not in allowed for y in (state, *rows[3:])):
             return None
-        norm_eps, lower_bound, neg_eigval, v_first = options
-        return kda_decode_step(
-            *tensors[:14],
-            norm_eps=norm_eps,
-            lower_bound=lower_bound,
-            allow_neg_eigval=neg_eigval,
-            state_v_first=v_first,
-            state_indices=slots,
-        )
+        return first_decode_step(tensors, options)
 
     def _convolve(
         self,

@@ -4,7 +4,6 @@ GPU, and the same tests on a real one where there is one."""
 import functools
 import itertools
 import math
-import shutil
 from typing import Any
 
 import gpu_host
@@ -40,13 +39,6 @@ needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="PyTorch finds no CUDA device on this machine"
 )
 Machine = Emulated | Cuda
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    return Emulated(gpu_host.build(tmp_path_factory.mktemp("gpu_host_decode")))
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=needs_gpu)])

@@ -1,6 +1,5 @@
 """One token through a whole layer in one call: on an emulated GPU, and on a real one."""
 
-import shutil
 from typing import Any
 
 import gpu_host
@@ -20,13 +19,6 @@ from mate.functional.repeated import Remembered
 
 bf16, fp16 = torch.bfloat16, torch.float16
 OPTIONS = (1e-5, None, False, True)  # norm_eps, lower_bound, allow_neg_eigval, state_v_first
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    return Emulated(gpu_host.build(tmp_path_factory.mktemp("gpu_host_layer_step")))
 
 
 def draw_layer(
