@@ -311,7 +311,7 @@ def main() -> int:
             softplus[regime] = times["softplus"] / times["bounded"]
         hard = hard_errors(names)
         decoding = gpu_decode.section(
-            rate, args.rounds, lambda call: medians({OURS: call}, args.rounds)[OURS]
+            rate, args.rounds, lambda call: medians({OURS: call}, args.rounds)[OURS], FLA in names
         )
         minutes = (time.perf_counter() - began) / 60
 

@@ -3,10 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from cases import BOUNDS, D, draw, relative_error
+from cases import BOUNDS, Case, D, draw, relative_error
 from report import table
 from torch import Tensor
 
@@ -26,6 +27,15 @@ def step_of(rows: dict[str, Tensor], state: Tensor, output: Tensor) -> Callable[
     return lambda: mate.recurrent_kda(
         **rows, lower_bound=None, initial_state=state, final_state=state, output=output
     )
+
+
+def fla_step_of(case: Case) -> Callable[[], Any]:
+    """flash-linear-attention's; the state [K, V], a new one each time."""
+    from fla.ops.kda import fused_recurrent_kda
+
+    inside = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+    arguments = case.fused() | dict.fromkeys(inside, True)
+    return partial(fused_recurrent_kda, **arguments, output_final_state=True)
 
 
 def drift() -> tuple[float, float]:
@@ -76,17 +86,18 @@ def eager_seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(samples)
 
 
-def operator_rows(rate: float, rounds: int) -> list[tuple[str, ...]]:
+def operator_rows(rate: float, rounds: int, with_fla: bool) -> list[tuple[str, ...]]:
     rows = []
     for batch in BATCHES:
         case = draw(1, HEADS, torch.bfloat16, "softplus", batch=batch, device="cuda")
         names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
         output = torch.empty_like(case.v)
-        step = step_of({name: getattr(case, name) for name in names}, case.state, output)
+        steps = [step_of({name: getattr(case, name) for name in names}, case.state, output)]
+        steps += [fla_step_of(case)] * with_fla
+        graph = [replay_seconds(step, rounds) for step in steps]
+        eager = [eager_seconds(step, rounds) for step in steps]
         floor = (2 * case.state.nbytes + 5 * output.nbytes) / rate
-        graph = replay_seconds(step, rounds)
-        eager = eager_seconds(step, rounds)
-        cells = (f"{x * 1e6:.1f}" for x in (graph, floor, eager))
+        cells = (f"{x * 1e6:.1f}" for x in (*graph, floor, *eager))
         rows.append((f"B{batch} H{HEADS}", *cells))
     return rows
 
@@ -116,16 +127,21 @@ def layer_rows(prefill_seconds: Callable[[Callable[[], Any]], float], rounds: in
 
 
 def section(
-    rate: float, rounds: int, prefill_seconds: Callable[[Callable[[], Any]], float]
+    rate: float,
+    rounds: int,
+    prefill_seconds: Callable[[Callable[[], Any]], float],
+    with_fla: bool,
 ) -> list[str]:
     """The page's paragraphs; raises AssertionError where a bound is broken."""
     found = drift()
     bounds = BOUNDS["bf16"]
     if not all(e <= bound for e, bound in zip(found, bounds, strict=True)):
         raise AssertionError(f"a bound is broken over {STEPS} steps: {found}. Nothing is timed.")
+    graph = ["us in a graph", *["fla in a graph"] * with_fla]
+    eager = ["us eager", *["fla eager"] * with_fla]
     operator = table(
-        ("one token, fp32 state", "us in a graph", "floor, us", "us eager"),
-        operator_rows(rate, rounds),
+        ("one token, fp32 state", *graph, "floor, us", *eager),
+        operator_rows(rate, rounds, with_fla),
     )
     layer = table(
         (f"layer, hidden {HIDDEN}, H{HEADS}", f"B1 T{PROMPT} prefill, ms",
@@ -136,7 +152,9 @@ def section(
         "## Decode",
         f"`mate.recurrent_kda`, {D} channels a head, bf16, softplus gate, the state [V, K] in "
         f"place. Errors over {STEPS} consecutive steps: output {found[0]:.1e}, state "
-        f"{found[1]:.1e}. floor: the state read and written, and the rows, at the rate of a copy.",
+        f"{found[1]:.1e}. floor: the state read and written, and the rows, at the rate of a copy."
+        + " fla: `fla.ops.kda.fused_recurrent_kda`, which makes a new state."
+        * with_fla,
         operator,
         "## The whole layer",
         "`KimiDeltaAttention`, bf16, softplus gate, with a cache. Of a step: from Python one call "

@@ -16,8 +16,8 @@ from mate.backends.native_layer import MAX_CONV_WIDTH
 from mate.backends.prepared import Prepared
 from mate.functional import gated_norm, short_conv
 from mate.functional.contract import HEAD_DIM, check_indices_differ
-from mate.functional.direct import is_direct, is_eager, needs_gradient
-from mate.functional.repeated import Remembered, form_of
+from mate.functional.direct import is_direct, is_eager
+from mate.functional.repeated import Remembered
 
 _TENSORS = (
     *("q", "k", "v", "g", "beta", "output_gate", "conv_state", "state"),
@@ -106,10 +106,10 @@ def repeat_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Te
     """
     if not is_eager():
         return None
-    again: _RepeatedStep | None = _repeated.find(form_of(tensors, *options))
-    if again is None or needs_gradient(*tensors):
+    again: _RepeatedStep | None = _repeated.find(tensors, *options)
+    if again is None or not native_layer.has_kernels(tensors[0].device):
         return None
-    return again.run(tensors) if native_layer.has_kernels(tensors[0].device) else None
+    return again.run(tensors)
 
 
 def first_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
@@ -121,7 +121,7 @@ def first_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Ten
     output = _kda_decode_step(*others, *options, state_indices)
     again = _RepeatedStep.of(tensors, output, *options)
     if again is not None:
-        _repeated.keep(form_of(tensors, *options), again)
+        _repeated.keep(again, tensors, *options)
     return output
 
 

@@ -1,13 +1,15 @@
 """The public operator: :func:`chunk_kda` and :func:`recurrent_kda`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mate.backends.call import KdaCall
 from mate.functional import ops
 from mate.functional.contract import check
-from mate.functional.direct import is_direct, is_eager, needs_gradient
-from mate.functional.repeated import Remembered, form_of
+from mate.functional.direct import is_direct, is_eager
+from mate.functional.repeated import Remembered
 
 _repeated = Remembered()  # token-by-token calls
 
@@ -106,7 +108,7 @@ def chunk_kda(
         False, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
         dt_bias, lower_bound, use_qk_l2norm_in_kernel, output, final_state,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu, state_indices,
-        None,
+        None, None,
     )  # fmt: skip
 
 
@@ -145,11 +147,28 @@ def recurrent_kda(
             contiguous: written with the state after each token. Of a speculative draft, the one
             after the last accepted token is the state to go on from. No gradients.
     """
+    options = None
+    if cu_seqlens_cpu is None and is_eager():
+        options = (
+            scale, type(scale), lower_bound, type(lower_bound), use_qk_l2norm_in_kernel,
+            use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, output_final_state,
+        )  # fmt: skip
+        tensors = (
+            q, k, v, g, beta, output, initial_state, final_state, token_states, state_indices,
+            A_log, dt_bias, cu_seqlens,
+        )  # fmt: skip
+        again: ops.RepeatedKda | None = _repeated.find(tensors, *options)
+        found = None if again is None else again.run(tensors)
+        if found is not None and output_final_state:
+            assert final_state is not None  # a call that makes one is not remembered
+            return found, final_state
+        if found is not None:
+            return found
     return _kda(
         True, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
         dt_bias, lower_bound, use_qk_l2norm_in_kernel, output, final_state,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens_cpu, state_indices,
-        token_states,
+        token_states, options,
     )  # fmt: skip
 
 
@@ -176,25 +195,13 @@ def _kda(
     cu_seqlens_cpu: Tensor | None,
     state_indices: Tensor | None,
     token_states: Tensor | None,
+    options: tuple[Any, ...] | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    form = again = None
+    """``options``: by which a call token by token is to be remembered; None: it is not."""
     tensors = (
         q, k, v, g, beta, output, initial_state, final_state, token_states, state_indices, A_log,
         dt_bias, cu_seqlens,
     )  # fmt: skip
-    if recurrent and cu_seqlens_cpu is None and is_eager():
-        form = form_of(
-            tensors, scale, type(scale), lower_bound, type(lower_bound), l2norm, beta_sigmoid,
-            neg_eigval, state_v_first, output_final_state,
-        )  # fmt: skip
-        again = _repeated.find(form)
-        if again is not None and not needs_gradient(*tensors):
-            found = again.run(tensors)
-            if found is not None and output_final_state:
-                assert final_state is not None  # a call that makes one is not remembered
-                return found, final_state
-            if found is not None:
-                return found
     call = check(
         q, k, v, g, beta, scale, initial_state, cu_seqlens, A_log, dt_bias, lower_bound,
         beta_sigmoid, neg_eigval, output, final_state, cu_seqlens_cpu, state_indices, token_states,
@@ -219,11 +226,11 @@ def _kda(
         write = ops.kda_out if direct else torch.ops.mate.kda_out
         write(*inputs, resume, written, state, state_indices, call.token_states)
     new_state = output_final_state and final_state is None
-    if form is not None and again is None and direct and not new_state:
+    if options is not None and direct and not new_state:
         made = KdaCall(*inputs, state_indices, call.token_states)
         made.initial_state = initial_state
         again = ops.RepeatedKda.of(made, written, tensors)
         if again is not None:
-            _repeated.keep(form, again)
+            _repeated.keep(again, tensors, *options)
     result = output if output is not None else written if v.dim() == 4 else written.squeeze(0)
     return (result, state) if output_final_state else result

@@ -22,7 +22,7 @@ from mate.functional.decode_step import (
     takes_as_they_are,
 )
 from mate.functional.direct import is_direct, is_eager
-from mate.functional.repeated import Remembered, form_of
+from mate.functional.repeated import Remembered
 
 _repeated = Remembered()  # False: not served
 
@@ -77,15 +77,14 @@ def kda_layer_step(
     tensors = (
         x, *projections, conv_state, state, *convs, A_log, dt_bias, norm_weight, state_indices,
     )  # fmt: skip
-    form = form_of(tensors, *options)
-    step: _LayerStep | bool | None = _repeated.find(form)
+    step: _LayerStep | bool | None = _repeated.find(tensors, *options)
     if step is False or not native_layer.has_kernels(x.device):
         return None
     if step is None:
         if not is_direct(*tensors):
             return None
         step = _LayerStep.of(x, projections, tensors[10:], options) or False
-        _repeated.keep(form, step)
+        _repeated.keep(step, tensors, *options)
     return step.run(tensors) if isinstance(step, _LayerStep) else None
 
 

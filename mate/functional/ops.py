@@ -8,6 +8,7 @@
 One implementation serves all devices: it asks :mod:`mate.backends` who takes the call.
 """
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -133,12 +134,22 @@ class RepeatedKda:
     """
 
     _PLACES = (*range(0, 45, 5), 45, 47, 48, 49)  # of their addresses in mate_kda_args
-    _WRITTEN = (5, 7, 8)
+    _OUTPUT = 5
+    _WRITTEN = (_OUTPUT, 7, 8)
 
-    def __init__(self, prepared: Prepared, tensors: tuple[Any, ...]) -> None:
-        self._prepared = prepared
-        self._written = [i for i in self._WRITTEN if tensors[i] is not None]
-        self._extents = Extents(tensors, self._written)
+    def __init__(
+        self, fields: list[Any], tensors: tuple[Tensor | None, ...], device: torch.device
+    ) -> None:
+        given = [i for i, x in enumerate(tensors) if x is not None]
+        self._given = itemgetter(*given)
+        written = [i for i in self._WRITTEN if i in given]
+        self._written = [given.index(i) for i in written]
+        self._extents = Extents(self._given(tensors), self._written)
+        self._new_output = tensors[self._OUTPUT] is None
+        places = [self._PLACES[i] for i in given]
+        if self._new_output:
+            places.append(self._PLACES[self._OUTPUT])
+        self._prepared = Prepared("kda_forward", native.KDA, fields, places, device)
 
     @classmethod
     def of(cls, call: KdaCall, output: Tensor, tensors: tuple[Any, ...]) -> "RepeatedKda | None":
@@ -153,19 +164,20 @@ class RepeatedKda:
         if backends.backend_for(call.q.device, call.q.dtype, recurrent=True).name != "native":
             return None
         fields, _ = native.kda_fields(call, output, tensors[7])
-        return cls(Prepared("kda_forward", native.KDA, fields, cls._PLACES, call.q.device), tensors)
+        return cls(fields, tensors, call.q.device)
 
     def run(self, tensors: tuple[Any, ...]) -> Tensor | None:
         """The output; None: nothing was done, and the call must be made in full."""
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        given = self._given(tensors)
+        addresses = [x.data_ptr() for x in given]
         if disabled("native") or not self._extents.apart(addresses):
             return None
-        output: Tensor | None = tensors[5]
-        if output is None:
+        output: Tensor = tensors[self._OUTPUT]
+        if self._new_output:
             output = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
-            addresses[5] = output.data_ptr()
+            addresses.append(output.data_ptr())
         self._prepared.run(addresses)
-        increment_version([tensors[i] for i in self._written])
+        increment_version([given[i] for i in self._written])
         return output
 
 

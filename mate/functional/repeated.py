@@ -7,74 +7,105 @@ gradients, MATE_DISABLE, the number of threads, memory that overlaps. Calls of w
 checked are not remembered.
 """
 
-import contextlib
+from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MOST = 256  # calls of an operator that are remembered
 
+# What torch.compile asks before each call of what it has compiled, in one C++ call. A PyTorch
+# without it would have every call checked and packed anew.
+_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
-def form_of(tensors: tuple[Any, ...], *others: Any) -> tuple[Any, ...] | None:
-    """Everything about arguments but addresses and values; None if one is no tensor.
 
-    Of a tensor that is the one before it, as of a state updated in place, only that.
-    """
-    facts: list[Any] = [*others]
-    last = None
-    try:
-        for x in tensors:
-            if x is None or x is last:
-                facts.append(x is None)
-            else:
-                facts += type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg()
-                last = x
-    except (AttributeError, TypeError, RuntimeError):
-        return None
-    return tuple(facts)
+class Form:
+    """Everything about tensors but addresses and values, and which of them are one and the same."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """At least two different tensors."""
+        first: dict[int, int] = {}
+        self._absent = [i for i, x in enumerate(tensors) if x is None]
+        self._same: list[tuple[int, int]] = []
+        for i, x in enumerate(tensors):
+            if x is not None and first.setdefault(id(x), i) != i:
+                self._same.append((first[id(x)], i))
+        places = tuple(first.values())
+        self._different = itemgetter(*places)
+        different = self._different(tensors)
+        self._check = _TensorGuards(
+            *different, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        ).check
+        self.requires_grad = any(x.requires_grad for x in different)
+
+    def fits(self, tensors: tuple[Any, ...]) -> bool:
+        """Types, shapes, strides, dtypes, devices, flags, and PyTorch's modes of dispatch."""
+        for i in self._absent:
+            if tensors[i] is not None:
+                return False
+        for i, j in self._same:
+            if tensors[i] is not tensors[j]:
+                return False
+        return bool(self._check(*self._different(tensors)))
 
 
 class Remembered:
-    """Calls by their form."""
+    """Calls by their form and their other arguments."""
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[Any, ...], Any] = {}
+        self._calls: dict[tuple[Any, ...], list[tuple[Form, Any]]] = {}
+        self._count = 0
 
-    def find(self, form: tuple[Any, ...] | None) -> Any:
+    def __len__(self) -> int:
+        return self._count
+
+    def find(self, tensors: tuple[Any, ...], *others: Any) -> Any:
+        """None where autograd would record the call, too."""
         try:
-            return None if form is None else self._calls.get(form)
-        except TypeError:  # something that cannot be hashed: its error comes with the check
-            return None
+            for form, call in self._calls.get((tensors[0].shape, *others), ()):
+                if form.fits(tensors):
+                    return None if form.requires_grad and torch.is_grad_enabled() else call
+        except (AttributeError, TypeError):  # no tensor, or no hash: their errors come in the check
+            pass
+        return None
 
-    def keep(self, form: tuple[Any, ...] | None, call: Any) -> None:
+    def keep(self, call: Any, tensors: tuple[Any, ...], *others: Any) -> None:
         """Not where a flag is a tensor, whose value may change."""
-        if form is None or any(isinstance(x, Tensor) for x in form):
+        if _TensorGuards is None or any(isinstance(x, Tensor) for x in others):
             return
-        if len(self._calls) >= MOST:
+        if self.find(tensors, *others) is not None:
+            return
+        if self._count >= MOST:
             self._calls.clear()
-        with contextlib.suppress(TypeError):  # an array, as such a flag: it has no hash
-            self._calls[form] = call
+            self._count = 0
+        try:
+            known = self._calls.setdefault((tensors[0].shape, *others), [])
+        except TypeError:  # an array, as such a flag: it has no hash
+            return
+        known.append((Form(tensors), call))
+        self._count += 1
 
 
 class Extents:
     """How far tensors reach from their addresses, and which of them are written."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], written: list[int]) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], written: list[int]) -> None:
         """``written``: places among the tensors. One that is there twice may coincide."""
-        self._bytes = [0 if x is None else extent(x) for x in tensors]
-        self._pairs = [
-            (i, [j for j, y in enumerate(tensors) if y is not None and y is not tensors[i]])
+        length = [extent(x) for x in tensors]
+        self._written = [
+            (i, length[i], [(j, length[j]) for j, y in enumerate(tensors) if y is not tensors[i]])
             for i in written
         ]
 
     def apart(self, addresses: list[int]) -> bool:
         """Whether nothing that is written shares memory with anything else."""
-        length = self._bytes
-        for i, others in self._pairs:
+        for i, length, others in self._written:
             begin = addresses[i]
-            end = begin + length[i]
-            for j in others:
-                if begin < addresses[j] + length[j] and addresses[j] < end:
+            end = begin + length
+            for j, other_length in others:
+                other = addresses[j]
+                if other < end and begin < other + other_length:
                     return False
         return True
 

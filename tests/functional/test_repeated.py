@@ -222,12 +222,44 @@ def test_values_that_are_not_what_memory_holds(short):
     )
 
 
+def test_the_same_tensor_twice(short):
+    """In one call of two of one form, and then the other way round."""
+    for one in (True, False, True, False):
+        case = draw(T=2, Hqk=2, Hv=2, scale=1.0)
+        if one:
+            case.tensors["k"] = case.tensors["q"]
+        assert rel_rms(mate.recurrent_kda(**case.kwargs()), case.reference()[0]) < 1e-5
+    assert len(short) == 2 and len(kda._repeated) == 2
+
+
+def test_gradients_that_were_not_asked_for_before(short):
+    """Of one form: parameters decode under no_grad, and are trained afterwards."""
+    tensors = draw(T=2).tensors
+    tensors["A_log"].requires_grad_()
+    with torch.no_grad():
+        for _ in range(2):
+            expected = mate.recurrent_kda(**tensors)
+    output = mate.recurrent_kda(**tensors)
+    output.sum().backward()
+    assert torch.equal(output, expected) and tensors["A_log"].grad.all() and len(short) == 1
+
+
+def test_modes_that_change_what_pytorch_does(short):
+    tensors = draw(T=2).tensors
+    expected = mate.recurrent_kda(**tensors)
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu"), torch.no_grad):
+        with mode():
+            for _ in range(2):
+                assert torch.equal(mate.recurrent_kda(**tensors), expected)
+    assert len(short) == 6
+
+
 def test_so_many_and_no_more(monkeypatch):
     monkeypatch.setattr(repeated, "MOST", 3)
     for T in (1, 2, 3, 4, 1, 4):
         case = draw(T=T)
         assert rel_rms(mate.recurrent_kda(**case.kwargs()), case.reference()[0]) < 1e-5
-        assert 0 < len(kda._repeated._calls) <= 3
+        assert 0 < len(kda._repeated) <= 3
 
 
 def test_another_call_in_the_midst_of_one(short, monkeypatch):
