@@ -19,7 +19,7 @@ HEADS, HIDDEN, PROMPT = 32, 2304, 8192
 BATCHES, LAYER_BATCHES = (1, 8, 64, 256), (1, 4, 64)
 STEPS = 1000  # of the check
 IN_A_GRAPH = 20  # steps, so that the launch of the graph does not count
-EAGER = 50  # steps one after another
+EAGER, EAGER_SAMPLES = 50, 5  # steps one after another; as often a round, since hosts waver
 
 
 def step_of(rows: dict[str, Tensor], state: Tensor, output: Tensor) -> Callable[[], Any]:
@@ -76,7 +76,7 @@ def eager_seconds(call: Callable[[], Any], rounds: int) -> float:
     for _ in range(20):
         call()
     samples = []
-    for _ in range(rounds):
+    for _ in range(EAGER_SAMPLES * rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(EAGER):
@@ -84,6 +84,12 @@ def eager_seconds(call: Callable[[], Any], rounds: int) -> float:
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) / EAGER)
     return statistics.median(samples)
+
+
+def yardstick_seconds(rounds: int) -> float:
+    """Of the host: PyTorch's own shortest call, taken in the same way."""
+    x = torch.zeros(1, device="cuda")
+    return eager_seconds(lambda: x.add_(1), rounds)
 
 
 def operator_rows(rate: float, rounds: int, with_fla: bool) -> list[tuple[str, ...]]:

@@ -77,7 +77,9 @@ bool launch_scan(const Params& p, int slice, bool early, void* stream) {
 inline int choose_slice(const mate_kda_args& args, const Layout& layout) {
   if (layout.slots > 0) return kMapSlice;
   const int64_t heads = args.num_seqs * args.heads_v, room = multiprocessors();
-  if (group_products()) return heads * 2 > room || (layout.slabs > 1 && !layout.roomy) ? 128 : 64;
+  if (group_products()) {
+    return heads * 2 > room || (layout.slabs > 1 && !Layout::is_roomy(args)) ? 128 : 64;
+  }
   return heads * 2 > room ? 128 : heads * 4 > room ? 64 : 32;
 }
 
@@ -101,21 +103,17 @@ template <int32_t kDtype>
 bool launch_slabs(Params p, const Layout& layout, float* carry, void* stream) {
   const int slice = choose_slice(p.args, layout);
   p.readers = kDim / slice;
-  const auto end_of = [&](int64_t slab) {
-    const int64_t end = (slab + 1) * layout.slab_chunks;
-    return end < layout.chunks ? end : layout.chunks;
-  };
   // The first launch waits for all that the caller has queued, and need not say so.
   bool early = p.args.cu_seqlens;
-  if (!launch_prepare<kDtype>(p, 0, end_of(0), early, stream)) return false;
-  early = early || end_of(0) > 0;
+  if (!launch_prepare<kDtype>(p, 0, layout.slab_end(0), early, stream)) return false;
+  early = early || layout.slab_end(0) > 0;
   for (int64_t slab = 0; slab < layout.slabs; ++slab) {
-    p.slab_begin = slab * layout.slab_chunks;
-    p.slab_end = end_of(slab);
+    p.slab_begin = slab == 0 ? 0 : p.slab_end;
+    p.slab_end = layout.slab_end(slab);
     // A slab may end the sequence that the one before cut, and cut another.
     p.carry_in = carry + slab % 2 * Layout::state_elements(p.args);
     p.carry_out = carry + (slab + 1) % 2 * Layout::state_elements(p.args);
-    const int64_t next = end_of(slab + 1);
+    const int64_t next = layout.slab_end(slab + 1);
     int64_t prepared = p.slab_end;
     if (p.slots > 0) {
       if (!launch_segments<kDtype>(p, stream)) return false;

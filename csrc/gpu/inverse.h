@@ -96,12 +96,31 @@ MATE_DEVICE void fill_corner(PrepareShared& shared, int left, int i, int j) {
   store_c_rows(s.low, Tile<kChunk>{shared.T_low}, row, column);
 }
 
-MATE_DEVICE void invert(PrepareShared& shared, int warp) {
+// Half of a matrix, the rows of tiles {0, 3} or {1, 2}: five tiles, a lane half a row of each.
+MATE_DEVICE void store_half(const uint16_t* from, int which, uint16_t* to) {
+  const int row = lane_index() / 2, half = lane_index() % 2 * 8;
+  MATE_UNROLL
+  for (int i = 0; i <= kTokenTiles; ++i) {
+    const bool upper = i <= which;
+    const int tile = upper ? which : kTokenTiles - 1 - which, column = upper ? i : i - 1 - which;
+    *reinterpret_cast<Eight*>(to + lower_tile(tile, column) * kTileSize +
+                              Tile<kBlock>::place(row, half)) =
+        *reinterpret_cast<const Eight*>(
+            Tile<kChunk>{from}.in_block(tile * kBlock, column * kBlock, row, half));
+  }
+}
+
+// `out`: for P, which is known before T.
+MATE_DEVICE void invert(PrepareShared& shared, int warp, Operands& out) {
   solve_diagonal(shared, warp);
   MATE_WARP_BARRIER();
   split_diagonal(shared, warp);
   MATE_BARRIER();
-  if (warp < 2) fill_corner<1>(shared, warp * 2, 0, 0);
+  if (warp < 2) {
+    fill_corner<1>(shared, warp * 2, 0, 0);
+  } else {
+    store_half(shared.P, warp % 2, out.P);
+  }
   MATE_BARRIER();
   fill_corner<2>(shared, 0, warp / 2, warp % 2);
   MATE_BARRIER();

@@ -175,24 +175,6 @@ MATE_DEVICE bool any_below(const Four& x, float bound) {
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-// A warp a row of tiles, a lane half a row of each.
-MATE_DEVICE void store_matrices(const PrepareShared& shared, int warp, Operands& out) {
-  const int row = lane_index() / 2, half = lane_index() % 2 * 8;
-  const int at = Tile<kBlock>::place(row, half) + warp * kTileSize;
-  MATE_UNROLL
-  for (int column = 0; column < kTokenTiles; ++column) {
-    if (column > warp) return;
-    const auto copy = [&](const uint16_t* source, uint16_t* target) {
-      *reinterpret_cast<Eight*>(target + at + (lower_tile(column, column) - column) * kTileSize) =
-          *reinterpret_cast<const Eight*>(
-              Tile<kChunk>{source}.in_block(warp * kBlock, column * kBlock, row, half));
-    };
-    copy(shared.T_high, out.T_high);
-    copy(shared.T_low, out.T_low);
-    copy(shared.P, out.P);
-  }
-}
-
 template <int32_t kDtype>
 MATE_DEVICE void prepare_chunk(const Params& p) {
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(shared_memory());
@@ -242,7 +224,7 @@ MATE_DEVICE void prepare_chunk(const Params& p) {
   MATE_BARRIER();
 
   const bool by_pairs = any_below(total, kSafe);
-  TileProducts own, near, far[2];
+  TileProducts own, other[2];
   if (by_pairs) own = multiply_pairs<kDtype>(t, shared);
   const Decays decays = find_decays(shared, warp, total);
   form_operands<kDtype>(t, decays, by_pairs, shared, out);
@@ -252,25 +234,28 @@ MATE_DEVICE void prepare_chunk(const Params& p) {
   const Tile<kDim> k{tile.k}, q{tile.q};
   const auto columns = [&](int i) { return Tile<kDim>{shared.tile[i].far}; };
   if (!by_pairs) own = multiply_tiles(k, q, Tile<kDim>{tile.near});
-  if (warp % 2) near = multiply_tiles(k, q, columns(warp - 1));
-  if (warp == 2) {
-    far[0] = multiply_tiles(k, q, Tile<kDim>{shared.extra[0]});
-    far[1] = multiply_tiles(k, q, columns(1));
-  } else if (warp == 3) {
-    const Tile<kDim> far_q{shared.extra[1]};
-    far[0] = multiply_tiles(columns(3), far_q, Tile<kDim>{shared.extra[0]});
-    far[1] = multiply_tiles(columns(3), far_q, columns(1));
+  // Off the diagonal the first two warps take a tile each, {3, 2} and {1, 0}, the others two.
+  const int row = warp == 0 ? 3 : warp;
+  if (warp < 2) {
+    const TileShared& of_row = shared.tile[row];
+    other[0] = multiply_tiles(Tile<kDim>{of_row.k}, Tile<kDim>{of_row.q}, columns(row - 1));
+  } else {
+    const Tile<kDim> far_k = warp == 2 ? k : columns(3);
+    const Tile<kDim> far_q = warp == 2 ? q : Tile<kDim>{shared.extra[1]};
+    other[0] = multiply_tiles(far_k, far_q, Tile<kDim>{shared.extra[0]});
+    other[1] = multiply_tiles(far_k, far_q, columns(1));
   }
   MATE_BARRIER();  // matrices go to where the operands were
   store_diagonal(shared, warp, own);
-  if (warp % 2) store_products(shared, warp, warp - 1, near);
-  if (warp >= 2) {
-    store_products(shared, warp, 0, far[0]);
-    store_products(shared, warp, 1, far[1]);
+  if (warp < 2) {
+    store_products(shared, row, row - 1, other[0]);
+  } else {
+    store_products(shared, row, 0, other[0]);
+    store_products(shared, row, 1, other[1]);
   }
   MATE_WARP_BARRIER();
-  invert(shared, warp);
-  store_matrices(shared, warp, out);
+  invert(shared, warp, out);
+  store_half(warp < 2 ? shared.T_low : shared.T_high, warp % 2, warp < 2 ? out.T_low : out.T_high);
 }
 
 // May run beside the launch before it, unless that is `plan`, and does not end before it: what

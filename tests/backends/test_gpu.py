@@ -67,7 +67,7 @@ def test_segments_in_slabs(native: None) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("lens", [[6000], [2500, 0, 3300, 200]], ids=["one", "four"])
+@pytest.mark.parametrize("lens", [[8300], [2500, 0, 3300, 200]], ids=["one", "four"])
 @pytest.mark.parametrize("heads", [32, 48])
 def test_a_slab_is_prepared_while_another_is_scanned(
     heads: int, lens: list[int], native: None

@@ -118,6 +118,17 @@ def test_operands_in_place_of_others(few_chunks_a_slab: ctypes.CDLL, lib: ctypes
     assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
 
 
+@pytest.mark.parametrize("most", [256 << 20, 1100 << 10], ids=["room", "ring of 6"])
+def test_slabs_that_shrink(most: int, tmp_path: Path, lib: ctypes.CDLL) -> None:
+    """Where a scan leaves half of the GPU free: 7 chunks as 4, 2 and 1."""
+    few = gpu_host.build(tmp_path, "-DMATE_GPU_LEAST_SLAB=1", f"-DMATE_GPU_MOST_BYTES={most}")
+    few.mate_gpu_host_multiprocessors(8)
+    case = draw(T=420, Hqk=1, Hv=2, regime="remembering", dtype=bf16)
+    actual = run(few, case)
+    check(actual, case.reference())
+    assert all(torch.equal(a, b) for a, b in zip(actual, run(lib, case), strict=True))
+
+
 @pytest.mark.parametrize("name", ["T150", "varlen-int32-fp16", "cosine-0.9"])
 def test_layout_of_mma_sync(name: str, cuda_layout: ctypes.CDLL) -> None:
     """arch/mma_sync.h over emulated instructions: what cuda.h runs, but for the assembler."""
