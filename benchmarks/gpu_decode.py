@@ -86,12 +86,6 @@ def eager_seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(samples)
 
 
-def yardstick_seconds(rounds: int) -> float:
-    """Of the host: PyTorch's own shortest call, taken in the same way."""
-    x = torch.zeros(1, device="cuda")
-    return eager_seconds(lambda: x.add_(1), rounds)
-
-
 def operator_rows(rate: float, rounds: int, with_fla: bool) -> list[tuple[str, ...]]:
     rows = []
     for batch in BATCHES:

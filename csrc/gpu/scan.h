@@ -276,7 +276,7 @@ MATE_DEVICE void begin_copies(ScanShared<kSlice, kStages>& shared) {
     }
     if (thread_index() == Crew<kSlice>::kFirstCopier) {
       prepare_arrival(shared.arrival[i], Crew<kSlice>::kProducer ? 1 + Crew<kSlice>::kCopiers : 1);
-      if (Crew<kSlice>::kProducer) prepare_arrival(shared.read[i], Crew<kSlice>::kOwners);
+      if (Crew<kSlice>::kProducer) prepare_arrival(shared.read[i], 32 * Crew<kSlice>::kOwners);
     }
   }
   Crew<kSlice>::Products::publish();
@@ -421,7 +421,7 @@ struct Relay {
       wait_arrival(shared.arrival[i], count / kStages);
       walk_chunk<kDtype, kSlice, kOutput>(p, rest, shared.stage[i], warp * kBlock, s, nullptr);
       if (!kOutput && may_die) dead = has_died(s, warp);
-      arrive_warp(shared.read[i]);
+      arrive(shared.read[i]);  // each lane for itself: so compute-sanitizer can follow
       rest.advance(p);
     }
     if (dead) skip(rest.chunks < kStages - 1 ? rest.chunks : kStages - 1);
@@ -440,7 +440,7 @@ struct Relay {
   MATE_DEVICE void skip(int chunks) {
     for (int end = count + chunks; count < end; ++count) {
       wait_arrival(shared.arrival[count % kStages], count / kStages);
-      arrive_warp(shared.read[count % kStages]);
+      arrive(shared.read[count % kStages]);
     }
   }
 };

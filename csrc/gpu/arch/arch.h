@@ -18,7 +18,7 @@
 //   kBulkCopies                                     whether one thread can copy for all:
 //   Arrival, prepare_arrival(x, n), expect_bytes(x, n), copy_bulk(to, from, n, x),
 //   wait_arrival(x, i), prefetch_bulk(from, n)
-//   arrive(x), arrive_warp(x), arrive_with_copies(x)    by hand; when this thread's copies are here
+//   arrive(x), arrive_with_copies(x)                by hand; when this thread's copies are here
 //   kProducers                                      whether a warp group may do nothing but copy:
 //   barrier_of_first<N>(), take_registers<N>(), leave_registers<N>(), pause(cycles), prefetch(from)
 //   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits, to_bits

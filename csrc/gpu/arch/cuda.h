@@ -131,10 +131,6 @@ MATE_DEVICE void wait_arrival(Arrival& x, int times) {
 MATE_DEVICE void arrive(Arrival& x) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&x)) : "memory");
 }
-MATE_DEVICE void arrive_warp(Arrival& x) {
-  __syncwarp();
-  if (lane_index() == 0) arrive(x);
-}
 MATE_DEVICE void arrive_with_copies(Arrival& x) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&x))
                : "memory");
@@ -147,7 +143,6 @@ MATE_DEVICE void copy_bulk(void*, const void*, int, Arrival&) {}
 MATE_DEVICE void prefetch_bulk(const void*, int) {}
 MATE_DEVICE void wait_arrival(Arrival&, int) {}
 MATE_DEVICE void arrive(Arrival&) {}
-MATE_DEVICE void arrive_warp(Arrival&) {}
 MATE_DEVICE void arrive_with_copies(Arrival&) {}
 #endif
 

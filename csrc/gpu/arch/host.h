@@ -108,7 +108,6 @@ inline void copy_bulk(void*, const void*, int, Arrival&) {}
 inline void prefetch_bulk(const void*, int) {}
 inline void wait_arrival(Arrival&, int) {}
 inline void arrive(Arrival&) {}
-inline void arrive_warp(Arrival&) {}
 inline void arrive_with_copies(Arrival&) {}
 
 constexpr bool kProducers = false;

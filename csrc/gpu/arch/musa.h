@@ -96,7 +96,6 @@ MATE_DEVICE void copy_bulk(void*, const void*, int, Arrival&) {}
 MATE_DEVICE void prefetch_bulk(const void*, int) {}
 MATE_DEVICE void wait_arrival(Arrival&, int) {}
 MATE_DEVICE void arrive(Arrival&) {}
-MATE_DEVICE void arrive_warp(Arrival&) {}
 MATE_DEVICE void arrive_with_copies(Arrival&) {}
 
 constexpr bool kProducers = false;
