@@ -47,8 +47,8 @@ EXPLANATION = """\
   more; *remembering* (R): gates as a freshly initialised layer has them.
 - Times are milliseconds a call, medians of calls that take turns. Each is called from Python and
   timed with two events, behind a write to 1 GiB that empties the L2 cache and lets Python run
-  ahead. floor: q, k, v, g, beta and the output once, and the states, at the rate of a copy within
-  the GPU."""
+  ahead by 0.25 ms: of a call whose Python takes longer, that is what the time is. floor: q, k, v,
+  g, beta and the output once, and the states, at the rate of a copy within the GPU."""
 
 
 class Shape(NamedTuple):

@@ -16,7 +16,7 @@ from mate.backends.native_layer import MAX_CONV_WIDTH
 from mate.backends.prepared import Prepared
 from mate.functional import gated_norm, short_conv
 from mate.functional.contract import HEAD_DIM, check_indices_differ
-from mate.functional.direct import is_direct, is_eager
+from mate.functional.direct import is_direct, is_eager, refuse_tangents
 from mate.functional.repeated import Remembered
 
 _TENSORS = (
@@ -117,6 +117,7 @@ def first_decode_step(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Ten
     *others, state_indices = tensors
     check_decode_step(*others, state_indices=state_indices)
     if not is_direct(*tensors):
+        refuse_tangents(*tensors)
         return torch.ops.mate.kda_decode_step(*others, *options, state_indices)
     output = _kda_decode_step(*others, *options, state_indices)
     again = _RepeatedStep.of(tensors, output, *options)

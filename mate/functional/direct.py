@@ -2,14 +2,16 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def is_eager() -> bool:
-    """Whether nobody looks on: no compiler, mode, transform, trace or profile."""
+    """Whether nobody looks on: no compiler, mode, transform, trace, tangents or profile."""
     return not (
         torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -21,6 +23,21 @@ def is_eager() -> bool:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call with these tensors is recorded by autograd."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """The operators have gradients, but would lose what forward mode sends through them.
+
+    Raises:
+        NotImplementedError: A tensor has a tangent.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "forward-mode derivatives of mate's operators are not implemented: expected reverse "
+            "mode (backward), got a tensor with a tangent (torch.func.jvp, forward_ad)"
+        )
 
 
 def is_direct(*tensors: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mate.backends import native_layer
 from mate.functional.contract import no_second_derivative
+from mate.functional.direct import refuse_tangents
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -38,6 +39,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-5) -
         raise ValueError(f"weight must be [V={x.shape[-1]}], got shape {tuple(weight.shape)}")
     if x.device.type != "cpu" and not native_layer.has_kernels(x.device):
         return in_pytorch(x, gate, weight, eps)
+    refuse_tangents(x, gate, weight)
     return torch.ops.mate.gated_rms_norm(x, gate, weight, eps)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from mate.backends.call import KdaCall
 from mate.functional import ops
 from mate.functional.contract import check
-from mate.functional.direct import is_direct, is_eager
+from mate.functional.direct import is_direct, is_eager, refuse_tangents
 from mate.functional.repeated import Remembered
 
 _repeated = Remembered()  # token-by-token calls
@@ -102,7 +102,7 @@ def chunk_kda(
     Raises:
         ValueError: A shape, value or device breaks the contract. Nothing has been written.
         TypeError: A dtype does. Nothing has been written.
-        NotImplementedError: A second derivative is asked for.
+        NotImplementedError: A second or a forward-mode derivative is asked for.
     """
     return _kda(
         False, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, A_log,
@@ -214,6 +214,8 @@ def _kda(
         l2norm, beta_sigmoid, neg_eigval, state_v_first, recurrent,
     )  # fmt: skip
     direct = is_direct(*tensors, cu_seqlens_cpu)
+    if not direct:
+        refuse_tangents(*tensors)
     if output is None and final_state is None and token_states is None:
         run = ops.kda if direct else torch.ops.mate.kda
         written, state = run(*inputs, output_final_state)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mate.backends import native_layer
 from mate.functional.contract import no_second_derivative
+from mate.functional.direct import refuse_tangents
 
 
 def short_conv(
@@ -56,6 +57,7 @@ def short_conv(
         initial_state = initial_state.to(x.dtype)
     if x.device.type != "cpu" and not native_layer.has_kernels(x.device):
         return in_pytorch(x, weight, initial_state, cu_seqlens, output_final_state)
+    refuse_tangents(x, weight, initial_state)
     y, final = torch.ops.mate.short_conv(x, weight, initial_state, cu_seqlens, output_final_state)
     return y, final if output_final_state else None
 

@@ -5,11 +5,14 @@ import torch
 from kda_cases import draw
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mate
 from mate.functional.direct import is_direct
+from mate.functional.gated_norm import gated_rms_norm
+from mate.functional.short_conv import short_conv
 
 
 class Subclass(torch.Tensor):
@@ -100,3 +103,23 @@ def test_both_ways_are_the_same():
     assert state._version == version + 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_forward_mode_is_refused(grad):
+    """It would lose the tangents: a derivative of zero."""
+    tensors = draw(T=3).tensors
+    tensors["q"].requires_grad_(grad)
+    v = tensors["v"]
+    for call in (
+        lambda v: mate.chunk_kda(**tensors | {"v": v}),
+        lambda v: mate.recurrent_kda(**tensors | {"v": v}),
+        lambda v: short_conv(v.flatten(2), tensors["q"].flatten(2)[0].mT),
+        lambda v: gated_rms_norm(v, tensors["q"], tensors["q"][0, 0, 0]),
+    ):
+        with forward_ad.dual_level():
+            call(v)
+            with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+                call(forward_ad.make_dual(v, v))
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            torch.func.jvp(call, (v,), (v,))
