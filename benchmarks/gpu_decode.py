@@ -93,7 +93,8 @@ def operator_rows(rate: float, rounds: int, with_fla: bool) -> list[tuple[str, .
         names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
         output = torch.empty_like(case.v)
         steps = [step_of({name: getattr(case, name) for name in names}, case.state, output)]
-        steps += [fla_step_of(case)] * with_fla
+        if with_fla:
+            steps.append(fla_step_of(case))
         graph = [replay_seconds(step, rounds) for step in steps]
         eager = [eager_seconds(step, rounds) for step in steps]
         floor = (2 * case.state.nbytes + 5 * output.nbytes) / rate

@@ -58,12 +58,12 @@ inline int64_t choose_segment(const mate_kda_args& args, int64_t slab_chunks) {
 #endif
 }
 
-// Where a scan leaves at least half of the GPU to what prepares the next slab: at least so many
-// chunks a slab, in so many slabs, which shrink by so much.
+// Where a scan leaves at least half of the GPU to what prepares the next slab: so many chunks a
+// slab and more are worth the walks' beginning, in so many slabs.
 #if !defined(MATE_GPU_LEAST_SLAB)
 #define MATE_GPU_LEAST_SLAB 32
 #endif
-constexpr int64_t kLeastSlab = MATE_GPU_LEAST_SLAB, kFewSlabs = 3, kManySlabs = 4;
+constexpr int64_t kLeastSlab = MATE_GPU_LEAST_SLAB, kWorthwhileSlabs = 3, kMostSlabs = 4;
 // Time to scan a chunk, over that of a multiprocessor to prepare one of one head.
 constexpr double kScanTime = 0.37;
 
@@ -124,10 +124,11 @@ struct Layout {
     shrink = kScanTime * left / static_cast<double>(rows);
     if (shrink > 0.99) shrink = 1;
     const int64_t most = chunks / kLeastSlab;
-    for (int64_t n = most < kFewSlabs ? most : kFewSlabs; n <= kManySlabs; ++n) {
+    for (int64_t n = most < kWorthwhileSlabs ? most : kWorthwhileSlabs; n <= kMostSlabs; ++n) {
       slab_chunks = shrink < 1 ? part(1, n) : count_of(chunks, n);
       place(args);
-      if (ring < slab_chunks || slots > 0) continue;
+      const bool last_is_empty = shrink < 1 && part(n - 1, n) >= chunks;
+      if (ring < slab_chunks || slots > 0 || last_is_empty) continue;
       if (shrink < 1) slabs = n;
       return true;
     }

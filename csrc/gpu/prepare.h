@@ -224,7 +224,7 @@ MATE_DEVICE void prepare_chunk(const Params& p) {
   MATE_BARRIER();
 
   const bool by_pairs = any_below(total, kSafe);
-  TileProducts own, other[2];
+  TileProducts own, other[2];  // the first two warps have one other
   if (by_pairs) own = multiply_pairs<kDtype>(t, shared);
   const Decays decays = find_decays(shared, warp, total);
   form_operands<kDtype>(t, decays, by_pairs, shared, out);

@@ -35,11 +35,11 @@ class Prepared:
             self.queue = gpu.Queue(f"mate_gpu_{function}", device)
             self.workspace = (None,) if function == "kda_forward" else ()
         order = sorted(range(len(places)), key=places.__getitem__)
-        self._in_order = itemgetter(*order)
+        self._sort = itemgetter(*order)
         packed, at, end = layout.pack(*fields), _offsets(layout), 0
         self._pieces: list[bytes | int] = []
         layout_of_pieces = "="
-        for place in self._in_order(places):
+        for place in self._sort(places):
             offset, kind = at[place]
             self._pieces += packed[end:offset], 0
             layout_of_pieces += f"{offset - end}s{kind}"
@@ -50,10 +50,10 @@ class Prepared:
     def run(self, addresses: list[int]) -> None:
         pieces = self._pieces.copy()
         if self.on_cpu:
-            pieces[1::2] = self._in_order([*addresses, torch.get_num_threads()])
+            pieces[1::2] = self._sort([*addresses, torch.get_num_threads()])
             native.run(self.function, self._pack(*pieces))
         else:
-            pieces[1::2] = self._in_order(addresses)
+            pieces[1::2] = self._sort(addresses)
             self.queue(self._pack(*pieces), *self.workspace)
 
 

@@ -5,9 +5,7 @@ import os
 
 NAMES = ("native", "pytorch")  # in the order in which they are tried
 
-# Its dictionary: os.environ takes a twentieth of a decode step to say that a name is not there.
-_stored = getattr(os.environ, "_data", None)
-_NAME = os.environ.encodekey("MATE_DISABLE")
+_KEY = b"MATE_DISABLE" if os.name == "posix" else "MATE_DISABLE"  # as os.environ keeps it
 
 
 def disabled(name: str) -> bool:
@@ -16,7 +14,9 @@ def disabled(name: str) -> bool:
     Raises:
         ValueError: it holds a name that is no backend's.
     """
-    if _stored is not None and _NAME not in _stored:
+    # os.environ takes a twentieth of a decode step to say that a name is not there.
+    stored = getattr(os.environ, "_data", None)
+    if stored is not None and _KEY not in stored:
         return False
     return name in _parse(os.environ.get("MATE_DISABLE", ""))
 

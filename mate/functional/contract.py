@@ -13,6 +13,7 @@ from torch import Tensor
 
 HEAD_DIM = 128
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 class Checked(NamedTuple):
@@ -37,7 +38,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
 
 
-def _check_form(
+def check_form(
     name: str,
     x: Tensor,
     shape: tuple[int, ...],
@@ -45,6 +46,7 @@ def _check_form(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
+    """``rule``: the shape in words."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -71,7 +73,7 @@ def _check_tensor(
         and x.stride()[-1] == 1
     ):
         return  # the common case before the questions that tell what is wrong
-    _check_form(name, x, shape, rule, dtypes, device)
+    check_form(name, x, shape, rule, dtypes, device)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {x.stride(-1)} "
@@ -126,8 +128,7 @@ def _check_indices(
     device: torch.device,
 ) -> int:
     """The number of slots of the pool that the indices point into."""
-    shape, dtypes = (num_seqs,), (torch.int32, torch.int64)
-    _check_form("state_indices", state_indices, shape, "[num_seqs]", dtypes, device)
+    check_form("state_indices", state_indices, (num_seqs,), "[num_seqs]", INDEX_DTYPES, device)
     if initial_state is None or final_state is not initial_state:
         got = "another tensor" if final_state is not None else "final_state=None"
         got = "initial_state=None" if initial_state is None else got
@@ -174,7 +175,7 @@ def check_cu_seqlens_form(cu_seqlens: Tensor, name: str, device: torch.device) -
     """Everything about document bounds but their values."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have shape [num_seqs + 1], got {_shape(cu_seqlens)}")

@@ -15,7 +15,12 @@ from mate.backends.call import KdaCall
 from mate.backends.native_layer import MAX_CONV_WIDTH
 from mate.backends.prepared import Prepared
 from mate.functional import gated_norm, short_conv
-from mate.functional.contract import HEAD_DIM, check_indices_differ
+from mate.functional.contract import (
+    HEAD_DIM,
+    INDEX_DTYPES,
+    check_form,
+    check_indices_differ,
+)
 from mate.functional.direct import is_direct, is_eager, refuse_tangents
 from mate.functional.repeated import Remembered
 
@@ -162,7 +167,11 @@ def check_decode_step(
         if x.is_cpu != on_cpu or (not on_cpu and x.device != q.device):
             raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
     if state_indices is not None:
-        _check_indices(state_indices, batch, q.device)
+        check_form("state_indices", state_indices, (batch,), "[B]", INDEX_DTYPES, q.device)
+        if not state_indices.is_contiguous():
+            raise ValueError(
+                f"state_indices must be contiguous, got strides {state_indices.stride()}"
+            )
     for name, x in (("conv_state", conv_state), ("state", state)):
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
@@ -174,20 +183,6 @@ def check_decode_step(
     for name, x in (("g", g), ("beta", beta), ("output_gate", output_gate), ("state", state)):
         if x.dtype != dtype and x.dtype != torch.float32:
             raise TypeError(f"{name} must be {dtype} or torch.float32, got {x.dtype}")
-
-
-def _check_indices(state_indices: Tensor, batch: int, device: torch.device) -> None:
-    if state_indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"state_indices must be torch.int32 or torch.int64, got {state_indices.dtype}"
-        )
-    if state_indices.shape != (batch,) or not state_indices.is_contiguous():
-        raise ValueError(
-            f"state_indices must be [{batch}] and contiguous, got shape "
-            f"{tuple(state_indices.shape)} with strides {state_indices.stride()}"
-        )
-    if state_indices.device != device:
-        raise ValueError(f"state_indices must be on {device}, got {state_indices.device}")
 
 
 def _kda_decode_step(*args: Any) -> Tensor:

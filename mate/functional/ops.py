@@ -141,10 +141,10 @@ class RepeatedKda:
         self, fields: list[Any], tensors: tuple[Tensor | None, ...], device: torch.device
     ) -> None:
         given = [i for i, x in enumerate(tensors) if x is not None]
-        self._given = itemgetter(*given)
+        self._pick = itemgetter(*given)
         written = [i for i in self._WRITTEN if i in given]
         self._written = [given.index(i) for i in written]
-        self._extents = Extents(self._given(tensors), self._written)
+        self._extents = Extents(self._pick(tensors), self._written)
         self._new_output = tensors[self._OUTPUT] is None
         places = [self._PLACES[i] for i in given]
         if self._new_output:
@@ -168,7 +168,7 @@ class RepeatedKda:
 
     def run(self, tensors: tuple[Any, ...]) -> Tensor | None:
         """The output; None: nothing was done, and the call must be made in full."""
-        given = self._given(tensors)
+        given = self._pick(tensors)
         addresses = [x.data_ptr() for x in given]
         if disabled("native") or not self._extents.apart(addresses):
             return None

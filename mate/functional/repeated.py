@@ -7,17 +7,23 @@ gradients, MATE_DISABLE, the number of threads, memory that overlaps. Calls of w
 checked are not remembered.
 """
 
+import contextlib
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MOST = 256  # calls of an operator that are remembered
+MOST = 256  # shapes and options of an operator's calls that are remembered,
+MOST_ALIKE = 8  # and forms of each
 
-# What torch.compile asks before each call of what it has compiled, in one C++ call. A PyTorch
-# without it would have every call checked and packed anew.
-_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+# What torch.compile asks before each call of what it has compiled, in one C++ call. With a PyTorch
+# without it every call is checked and packed anew.
+_TensorGuards: Any
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:
+    _TensorGuards = None
 
 
 class Form:
@@ -32,8 +38,8 @@ class Form:
             if x is not None and first.setdefault(id(x), i) != i:
                 self._same.append((first[id(x)], i))
         places = tuple(first.values())
-        self._different = itemgetter(*places)
-        different = self._different(tensors)
+        self._pick = itemgetter(*places)
+        different = self._pick(tensors)
         self._check = _TensorGuards(
             *different, dynamic_dims_sizes=None, dynamic_dims_strides=None
         ).check
@@ -47,7 +53,11 @@ class Form:
         for i, j in self._same:
             if tensors[i] is not tensors[j]:
                 return False
-        return bool(self._check(*self._different(tensors)))
+        different = self._pick(tensors)
+        for x in different:
+            if x.is_nested:  # which has no sizes: an error of C++ that nobody would catch
+                return False
+        return bool(self._check(*different))
 
 
 class Remembered:
@@ -55,19 +65,21 @@ class Remembered:
 
     def __init__(self) -> None:
         self._calls: dict[tuple[Any, ...], list[tuple[Form, Any]]] = {}
-        self._count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return sum(map(len, self._calls.values()))
 
     def find(self, tensors: tuple[Any, ...], *others: Any) -> Any:
-        """None where autograd would record the call, too."""
+        """What was kept for such a call; None where autograd would record it, too."""
         try:
-            for form, call in self._calls.get((tensors[0].shape, *others), ()):
+            alike = self._calls.get((tensors[0].shape, *others), [])
+            for i, (form, call) in enumerate(alike):
                 if form.fits(tensors):
+                    if i > 0:  # the next will be like this one
+                        alike.insert(0, alike.pop(i))
                     return None if form.requires_grad and torch.is_grad_enabled() else call
-        except (AttributeError, TypeError):  # no tensor, or no hash: their errors come in the check
-            pass
+        except (AttributeError, TypeError, RuntimeError):
+            pass  # no tensor, or one without a shape, or no hash: their errors come in the check
         return None
 
     def keep(self, call: Any, tensors: tuple[Any, ...], *others: Any) -> None:
@@ -76,15 +88,12 @@ class Remembered:
             return
         if self.find(tensors, *others) is not None:
             return
-        if self._count >= MOST:
+        if len(self._calls) >= MOST:
             self._calls.clear()
-            self._count = 0
-        try:
-            known = self._calls.setdefault((tensors[0].shape, *others), [])
-        except TypeError:  # an array, as such a flag: it has no hash
-            return
-        known.append((Form(tensors), call))
-        self._count += 1
+        with contextlib.suppress(TypeError):  # an array, as such a flag: it has no hash
+            alike = self._calls.setdefault((tensors[0].shape, *others), [])
+            alike.insert(0, (Form(tensors), call))
+            del alike[MOST_ALIKE:]
 
 
 class Extents:

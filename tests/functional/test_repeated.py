@@ -3,6 +3,9 @@
 A call that took the short way leaves an entry in the fixture ``short``.
 """
 
+import subprocess
+import sys
+
 import fuzz_kda
 import pytest
 import torch
@@ -252,6 +255,37 @@ def test_modes_that_change_what_pytorch_does(short):
             for _ in range(2):
                 assert torch.equal(mate.recurrent_kda(**tensors), expected)
     assert len(short) == 6
+
+
+def test_a_nested_tensor_is_an_error():
+    """In a process of its own, which must live."""
+    script = """
+import torch, mate
+t = {name: torch.randn(1, 2, 2, 128) for name in "qkvg"} | {"beta": torch.randn(1, 2, 2)}
+mate.recurrent_kda(**t)
+for name in t:
+    try:
+        mate.recurrent_kda(**t | {name: torch.nested.nested_tensor([t[name][0]])})
+    except (RuntimeError, ValueError, TypeError):
+        print(name)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["q", "k", "v", "g", "beta"], done.stderr
+
+
+def test_one_shape_in_many_forms(short):
+    """The last ones are kept, and found again whatever their order."""
+    wide = [draw(T=1).tensors for _ in range(repeated.MOST_ALIKE + 3)]
+    for i, t in enumerate(wide):
+        v = torch.randn(1, 1, 2 + i, D)  # so that the batch's stride differs
+        t["v"] = v[:, :, :2]
+        mate.recurrent_kda(**t)
+    assert len(kda._repeated) == repeated.MOST_ALIKE and not short
+    for t in (wide[-1], wide[3], wide[-1], wide[5]):
+        mate.recurrent_kda(**t)
+    assert len(short) == 4
+    mate.recurrent_kda(**wide[0])
+    assert len(short) == 4 and len(kda._repeated) == repeated.MOST_ALIKE
 
 
 def test_so_many_and_no_more(monkeypatch):
