@@ -61,7 +61,10 @@ class Form:
 
 
 class Remembered:
-    """Calls by their form and their other arguments."""
+    """Calls by their form and their other arguments.
+
+    Lists are replaced and never changed, since other threads may be reading them.
+    """
 
     def __init__(self) -> None:
         self._calls: dict[tuple[Any, ...], list[tuple[Form, Any]]] = {}
@@ -72,11 +75,12 @@ class Remembered:
     def find(self, tensors: tuple[Any, ...], *others: Any) -> Any:
         """What was kept for such a call; None where autograd would record it, too."""
         try:
-            alike = self._calls.get((tensors[0].shape, *others), [])
+            key = (tensors[0].shape, *others)
+            alike = self._calls.get(key, [])
             for i, (form, call) in enumerate(alike):
                 if form.fits(tensors):
                     if i > 0:  # the next will be like this one
-                        alike.insert(0, alike.pop(i))
+                        self._calls[key] = [alike[i], *alike[:i], *alike[i + 1 :]]
                     return None if form.requires_grad and torch.is_grad_enabled() else call
         except (AttributeError, TypeError, RuntimeError):
             pass  # no tensor, or one without a shape, or no hash: their errors come in the check
@@ -91,9 +95,9 @@ class Remembered:
         if len(self._calls) >= MOST:
             self._calls.clear()
         with contextlib.suppress(TypeError):  # an array, as such a flag: it has no hash
-            alike = self._calls.setdefault((tensors[0].shape, *others), [])
-            alike.insert(0, (Form(tensors), call))
-            del alike[MOST_ALIKE:]
+            key = (tensors[0].shape, *others)
+            alike = self._calls.get(key, [])
+            self._calls[key] = [(Form(tensors), call), *alike][:MOST_ALIKE]
 
 
 class Extents:
