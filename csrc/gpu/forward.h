@@ -106,7 +106,7 @@ bool launch_slabs(Params p, const Layout& layout, float* carry, void* stream) {
   // The first launch waits for all that the caller has queued, and need not say so.
   bool early = p.args.cu_seqlens;
   if (!launch_prepare<kDtype>(p, 0, layout.slab_end(0), early, stream)) return false;
-  early = early || layout.slab_end(0) > 0;
+  early = layout.slab_end(0) > 0;  // behind `plan` alone nothing may begin
   for (int64_t slab = 0; slab < layout.slabs; ++slab) {
     p.slab_begin = slab == 0 ? 0 : p.slab_end;
     p.slab_end = layout.slab_end(slab);
@@ -134,6 +134,7 @@ inline bool launch_all(const mate_kda_args& args, const Layout& layout, char* wo
   p.args = args;
   p.bounds = reinterpret_cast<int64_t*>(workspace);
   p.first_chunk = reinterpret_cast<int64_t*>(workspace + layout.first_chunk);
+  p.chunk_tokens = reinterpret_cast<ChunkTokens*>(workspace + layout.chunk_tokens);
   p.segment_chunks = layout.segment_chunks > 0 ? layout.segment_chunks : 1;
   p.slots = layout.slots;
   p.reads = reinterpret_cast<uint32_t*>(workspace + layout.reads);
@@ -143,7 +144,10 @@ inline bool launch_all(const mate_kda_args& args, const Layout& layout, char* wo
   p.maps = reinterpret_cast<uint16_t*>(workspace + layout.maps);
   p.alive = reinterpret_cast<int32_t*>(workspace + layout.alive);
   p.operands = reinterpret_cast<Operands*>(workspace + layout.operands);
-  p.group = static_cast<uint32_t>(args.heads_v / args.heads_qk);
+  p.heads = Divisor::of(args.heads_v);
+  p.rings = Divisor::of(p.ring);
+  p.group = Divisor::of(args.heads_v / args.heads_qk);
+  p.length = Divisor::of(count_of(args.seq_len, kChunk));
   p.contracts = (args.flags & MATE_L2NORM) && (args.flags & MATE_BETA_SIGMOID);
   const int64_t batch = args.cu_seqlens ? 1 : args.num_seqs;
   p.q_aligned = rows_aligned(args.q, batch, args.total_tokens, args.heads_qk);

@@ -6,26 +6,54 @@
 namespace mate {
 namespace gpu {
 
-// A warp's tile on the diagonal, by forward substitution: a lane a column.
+// A warp's tile on the diagonal. Both its halves by forward substitution, a lane a column; then the
+// corner between them, -T_right L_corner T_left, half of it in place of what L has above.
 MATE_DEVICE void solve_diagonal(PrepareShared& shared, int block) {
-  const int column = lane_index();
-  if (column >= kBlock) return;
-  const auto& L = shared.L[block];
-  float x[kBlock];
-  MATE_UNROLL
-  for (int i = 0; i < kBlock; ++i) {
-    float sum = i == column ? 1.0f : 0.0f;
+  constexpr int kSide = kBlock / 2;
+  auto& L = shared.L[block];
+  auto& T = shared.T[block];
+  const float* const beta = shared.beta + block * kBlock;
+  if (lane_index() < kBlock) {
+    const int first = lane_index() / kSide * kSide, column = lane_index() % kSide;
+    float x[kSide];
     MATE_UNROLL
-    for (int m = 0; m < i; m += 4) {
-      const Four row = load_four(&L[i][m]);
+    for (int i = 0; i < kSide; ++i) {
+      float sum = i == column ? 1.0f : 0.0f;
+      MATE_UNROLL
+      for (int m = 0; m < i; m += 4) {
+        const Four row = load_four(&L[first + i][first + m]);
+        MATE_UNROLL
+        for (int n = 0; n < 4; ++n) {
+          if (m + n < i) sum -= row.x[n] * x[m + n];
+        }
+      }
+      x[i] = sum * beta[first + i];
+      T[first + i][first + column] = x[i];
+      if (first == 0) T[i][kSide + column] = 0.0f;
+    }
+  }
+  MATE_WARP_BARRIER();
+  // A row of it, and two columns.
+  const int row = lane_index() / 4, column = lane_index() % 4 * 2;
+  const auto multiply_row = [](const float* a, const float* b) {
+    Pair sum = {0.0f, 0.0f};
+    MATE_UNROLL
+    for (int m = 0; m < kSide; m += 4) {
+      const Four four = load_four(a + m);
       MATE_UNROLL
       for (int n = 0; n < 4; ++n) {
-        if (m + n < i) sum -= row.x[n] * x[m + n];
+        const Pair two = *reinterpret_cast<const Pair*>(b + (m + n) * kBlock);
+        sum.x += four.x[n] * two.x;
+        sum.y += four.x[n] * two.y;
       }
     }
-    x[i] = sum * shared.beta[block * kBlock + i];
-    shared.T[block][i][column] = x[i];
-  }
+    return sum;
+  };
+  float* const half = &L[row][kSide + column];
+  *reinterpret_cast<Pair*>(half) = multiply_row(&L[kSide + row][0], &T[0][column]);
+  MATE_WARP_BARRIER();
+  const Pair corner = multiply_row(&T[kSide + row][kSide], &L[0][kSide + column]);
+  *reinterpret_cast<Pair*>(&T[kSide + row][column]) = {-corner.x, -corner.y};
 }
 
 // Its result in two terms, to where products read it: half a row a lane.

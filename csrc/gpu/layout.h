@@ -65,7 +65,7 @@ inline int64_t choose_segment(const mate_kda_args& args, int64_t slab_chunks) {
 #endif
 constexpr int64_t kLeastSlab = MATE_GPU_LEAST_SLAB, kWorthwhileSlabs = 3, kMostSlabs = 4;
 // Time to scan a chunk, over that of a multiprocessor to prepare one of one head.
-constexpr double kScanTime = 0.37;
+constexpr double kScanTime = 0.5;
 
 // How the chunks are cut, and where everything lies in the workspace.
 struct Layout {
@@ -75,7 +75,7 @@ struct Layout {
   double shrink;        // from a slab to the next; 1: all have as many, but the last
   int64_t segment_chunks, slots;
   int64_t ring;  // chunks that there is room for, a slab or more
-  int64_t first_chunk, carry, ends, maps, alive, operands, reads, bytes;
+  int64_t first_chunk, chunk_tokens, carry, ends, maps, alive, operands, reads, bytes;
 
   explicit Layout(const mate_kda_args& args) : shrink(1) {
     chunks = args.cu_seqlens ? args.total_tokens / kChunk + args.num_seqs
@@ -162,7 +162,9 @@ struct Layout {
     segment_chunks = choose_segment(args, slab_chunks);
     slots = 2 * segment_chunks < slab_chunks ? (slab_chunks - 1) / segment_chunks : 0;
     first_chunk = table;
-    carry = 2 * table;
+    chunk_tokens = 2 * table;
+    const int64_t tokens = args.cu_seqlens ? chunks * static_cast<int64_t>(sizeof(ChunkTokens)) : 0;
+    carry = chunk_tokens + aligned(tokens);
     ends = carry + (slabs > 1 ? 2 * state_elements(args) * 4 : 0);
     maps = ends + slots * state_elements(args) * 4;
     alive = maps + slots * args.heads_v * kMapSize * 2;

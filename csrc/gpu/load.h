@@ -8,40 +8,41 @@ namespace mate {
 namespace gpu {
 
 constexpr int kPrepareThreads = kTokenTiles * 32;  // a warp a tile of tokens
-constexpr int kPrepareBlocks = 3;                  // that a multiprocessor shall have room for
+constexpr int kPrepareBlocks = 4;                  // that a multiprocessor shall have room for
 constexpr int kLane = kDim / 32;                   // channels a lane: kLane * lane and the next
 constexpr int kStep = 4;                           // tokens at a time: FourRows
 constexpr float kNormEps = 1e-6f;
 constexpr float kLog2e = 1.44269504f;
 // Log-decays are in bits. Below this one a token erases whatever fp32 can hold.
 constexpr float kErased = -160.0f;
+// They are kept as fp16 in such a unit, the bounded gate's in parts of its bound: rounded by 2^-12
+// of themselves, and down to 2^-22 bits a token at least, where a memory lasts millions of these.
+constexpr float kUnit = 1.0f / 256, kPartBits = 15, kParts = 32768;
+MATE_DEVICE float bound_of(const Params& p) { return fmaxf(p.args.lower_bound * kLog2e, kErased); }
+MATE_DEVICE float kept_unit(const Params& p) {
+  return p.args.gate == MATE_GATE_BOUNDED ? bound_of(p) * (1.0f / kParts) : kUnit;
+}
 
 // One warp's tokens.
 struct TileShared {
   uint16_t q[kBlock * kDim], k[kBlock * kDim];  // as the caller gave them; then rows of products
-  union {
-    float sums[2][kBlock][kDim / 2];  // of log-decays, from the tile's first token on
-    struct {
-      uint16_t near[kBlock * kDim], far[kBlock * kDim];  // columns of products, see prepare.h
-    };  // each row takes the place of a half of its token's sums; `far` is where 16-bit g arrives
-  };
+  uint16_t g[kBlock * kDim];  // 16-bit g; then log-decays; then columns of products, see prepare.h
 };
 
 struct PrepareShared {
   union {
-    struct {
-      TileShared tile[kTokenTiles];
-      uint16_t extra[2][kBlock * kDim];
-    };
+    TileShared tile[kTokenTiles];
     struct {  // once all products are done; Tile<kChunk>
       uint16_t T_high[kChunk * kChunk], T_low[kChunk * kChunk], P[kChunk * kChunk];
       uint16_t L_high[kChunk * kChunk], L_low[kChunk * kChunk];  // below the diagonal tiles
       float L[kTokenTiles][kBlock][kBlock], T[kTokenTiles][kBlock][kBlock];  // of those
     };
   };
-  float total[kTokenTiles][kDim];  // sums over whole tiles
+  float total[kTokenTiles][kDim];                   // sums over whole tiles
+  uint16_t own[kTokenTiles][kDim], other[4][kDim];  // what columns are multiplied by
   float k_norm[kChunk], q_norm[kChunk], beta[kChunk];
   uint16_t scratch[kTokenTiles * kScratch + 8];
+  bool forgets[kTokenTiles];  // more than fp32 can hold
 };
 
 // A warp's tokens in the caller's tensors.
@@ -52,10 +53,6 @@ struct Tokens {
 };
 
 MATE_DEVICE int lane_channel() { return lane_index() * kLane; }
-MATE_DEVICE float* lane_sums(const TileShared& tile, int token) {
-  const int channel = lane_channel(), half = kDim / 2;
-  return const_cast<float*>(&tile.sums[channel / half][token][channel % half]);
-}
 
 // ---- fetching -----------------------------------------------------------------------------------
 
@@ -92,30 +89,44 @@ MATE_DEVICE void fetch_rows(const mate_tensor& x, bool aligned, const Tokens& t,
   }
 }
 
-// Rows of fp32 g, 16 bytes a lane, to where their sums will be.
-MATE_DEVICE void fetch_g32(const Params& p, const Tokens& t, TileShared& tile) {
-  const int64_t stride = p.args.g.stride[1] * 4;
-  const char* from = row_at(p.args.g, t.batch, t.token, t.head) + lane_channel() * 4;
-  MATE_NO_UNROLL
-  for (int row = 0; row < kBlock; ++row) {
-    float* to = lane_sums(tile, row);
-    if (p.g_aligned) {
-      copy_async(to, from, row < t.count);
-    } else {
-      MATE_UNROLL
-      for (int c = 0; c < kLane; ++c) {
-        to[c] = row < t.count ? reinterpret_cast<const float*>(from)[c] : 0.0f;
+// Rows of fp32 g, which shared memory has no room for: a lane's channels of kStep rows at a time.
+struct WideGates {
+  const char* from;
+  int64_t stride;
+  int left;
+  bool aligned;
+  Four rows[kStep];
+
+  MATE_DEVICE WideGates(const Params& p, const Tokens& t)
+      : stride(p.args.g.stride[1] * 4), left(t.count), aligned(p.g_aligned) {
+    if (p.args.g.dtype != MATE_FLOAT32) return;
+    from = row_at(p.args.g, t.batch, t.token, t.head) + lane_channel() * 4;
+    fetch();
+  }
+
+  // The next ones; those of absent tokens are zeros.
+  MATE_DEVICE void fetch() {
+    MATE_UNROLL
+    for (int r = 0; r < kStep; ++r, from += stride) {
+      rows[r] = Four{};
+      if (r >= left) continue;
+      const float* at = reinterpret_cast<const float*>(from);
+      if (aligned) {
+        rows[r] = load_four(at);
+      } else {
+        MATE_UNROLL
+        for (int c = 0; c < kLane; ++c) rows[r].x[c] = at[c];
       }
     }
-    from += stride;
+    left -= kStep;
   }
-}
+};
 
 MATE_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-kLog2e * x)); }
 
 // What a lane needs of the small tensors, asked for before anything is waited for.
 struct Scalars {
-  float beta;  // of token lane_index()
+  uint32_t beta;  // of token lane_index(), as it came
   float A_log, dt_bias[kLane];
 };
 
@@ -123,7 +134,11 @@ MATE_DEVICE Scalars fetch_scalars(const Params& p, const Tokens& t) {
   Scalars x = {};
   if (lane_index() < t.count) {
     const char* at = row_at(p.args.beta, t.batch, t.token + lane_index(), t.head);
-    x.beta = load_element(at, 0, p.args.beta.dtype);
+    if (p.args.beta.dtype == MATE_FLOAT32) {
+      x.beta = *reinterpret_cast<const uint32_t*>(at);
+    } else {
+      x.beta = *reinterpret_cast<const uint16_t*>(at);
+    }
   }
   if (p.args.gate != MATE_GATE_LOG_DECAY) {
     x.A_log = p.args.A_log[t.head];
@@ -135,8 +150,13 @@ MATE_DEVICE Scalars fetch_scalars(const Params& p, const Tokens& t) {
   return x;
 }
 
-MATE_DEVICE void store_beta(const Params& p, const Tokens& t, float b, PrepareShared& shared) {
+MATE_DEVICE void store_beta(const Params& p, const Tokens& t, uint32_t bits,
+                            PrepareShared& shared) {
   if (lane_index() >= kBlock) return;
+  const int32_t dtype = p.args.beta.dtype;
+  float b = dtype == MATE_FLOAT32   ? from_bits(bits)
+            : dtype == MATE_FLOAT16 ? from_fp16(static_cast<uint16_t>(bits))
+                                    : from_bits(bits << 16);
   if (p.args.flags & MATE_BETA_SIGMOID) {
     b = sigmoid(b) * (p.args.flags & MATE_NEG_EIGVAL ? 2.0f : 1.0f);
   }
@@ -152,8 +172,9 @@ MATE_DEVICE void sum_squares_bf16(const Tokens& t, const TileShared& tile, Prepa
   FragC qq = {}, kk = {};
   MATE_UNROLL
   for (int i = 0; i < kDim; i += kBlock) {
-    multiply(qq, load_a(q, 0, i), load_b_columns(q, 0, i));
-    multiply(kk, load_a(k, 0, i), load_b_columns(k, 0, i));
+    const FragA q_rows = load_a(q, 0, i), k_rows = load_a(k, 0, i);
+    multiply(qq, q_rows, as_columns(q_rows));
+    multiply(kk, k_rows, as_columns(k_rows));
   }
   MATE_UNROLL
   for (int v = 0; v < 8; ++v) {
@@ -219,69 +240,73 @@ MATE_DEVICE float softplus(float x) {
 // One lane's channels of a head's gate, with all factors that do not depend on g in one.
 template <int kGate>
 struct Gate {
-  float rate, bias[kLane], bound;
+  float rate, bias[kLane];
 
-  MATE_DEVICE Gate(const Params& p, const Scalars& x) {
-    if (kGate == MATE_GATE_LOG_DECAY) return;
+  MATE_DEVICE explicit Gate(const Scalars& x) {
+    if (kGate == MATE_GATE_LOG_DECAY) {
+      rate = kLog2e / kUnit;
+      return;
+    }
     rate = fast_exp2(kLog2e * x.A_log) * -kLog2e;
-    bound = fmaxf(p.args.lower_bound * kLog2e, kErased);
     MATE_UNROLL
     for (int c = 0; c < kLane; ++c) {
-      bias[c] = kGate == MATE_GATE_BOUNDED ? x.dt_bias[c] * rate : x.dt_bias[c];
+      bias[c] = kGate == MATE_GATE_BOUNDED ? x.dt_bias[c] * rate - kPartBits : x.dt_bias[c];
     }
+    if (kGate == MATE_GATE_SOFTPLUS) rate /= kUnit;
   }
 
-  // The factor of all of a token's channels; absent tokens decay nothing.
-  MATE_DEVICE float factor(bool present) const {
-    return !present                      ? 0.0f
-           : kGate == MATE_GATE_BOUNDED  ? bound
-           : kGate == MATE_GATE_SOFTPLUS ? rate
-                                         : kLog2e;
-  }
-  MATE_DEVICE float bits(float g, int c, float factor) const {
+  // A log-decay in its unit.
+  MATE_DEVICE float kept(float g, int c) const {
     if (kGate == MATE_GATE_BOUNDED) {
-      return factor * fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
+      return fast_reciprocal(1.0f / kParts + fast_exp2(g * rate + bias[c]));
     }
-    const float x = factor * (kGate == MATE_GATE_SOFTPLUS ? softplus(g + bias[c]) : g);
-    return x < kErased ? kErased : x;  // and NaN stays NaN
+    const float x = rate * (kGate == MATE_GATE_SOFTPLUS ? softplus(g + bias[c]) : g);
+    return x < kErased / kUnit ? kErased / kUnit : x;  // and NaN stays NaN
   }
 };
 
 template <int32_t kDtype, int kGate>
-MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, TileShared& tile) {
-  const Gate<kGate> gate(p, x);
-  const bool wide = p.args.g.dtype == MATE_FLOAT32;
+MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, WideGates& wide,
+                           TileShared& tile) {
+  const Gate<kGate> gate(x);
   Four sum = {};
   FourRows<kDim> rows(lane_channel());
   MATE_NO_UNROLL
   for (int i = 0; i < kBlock; i += kStep, rows.advance()) {
     Four g[kStep];
-    if (wide) {
+    if (p.args.g.dtype == MATE_FLOAT32) {
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = load_four(lane_sums(tile, i + r));
+      for (int r = 0; r < kStep; ++r) g[r] = wide.rows[r];
+      wide.fetch();
     } else {
       MATE_UNROLL
-      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(tile.far, r));
+      for (int r = 0; r < kStep; ++r) g[r] = unpack_four<kDtype>(rows.at(tile.g, r));
     }
-    MATE_WARP_BARRIER();  // sums go to where other lanes' g was
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      const float factor = gate.factor(i + r < t.count);
+      Four bits;
       MATE_UNROLL
-      for (int c = 0; c < kLane; ++c) sum.x[c] += gate.bits(g[r].x[c], c, factor);
-      store_four(lane_sums(tile, i + r), sum);
+      for (int c = 0; c < kLane; ++c) bits.x[c] = gate.kept(g[r].x[c], c);
+      PackedFour kept = pack_four<MATE_FLOAT16>(bits);
+      if (i + r >= t.count) kept = {};  // absent tokens decay nothing
+      store_four(rows.at(tile.g, r), kept);
+      sum = sum + unpack_four<MATE_FLOAT16>(kept);  // so that it ends where the tokens do
     }
   }
-  return sum;
+  return sum * kept_unit(p);
 }
 
-// The tile's sums from its first token on, to shared memory; those over the whole tile come back.
+// The tile's log-decays to shared memory; their sums over the whole tile come back.
 template <int32_t kDtype>
-MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, TileShared& tile) {
-  if (p.args.gate == MATE_GATE_BOUNDED) return sum_gates<kDtype, MATE_GATE_BOUNDED>(p, t, x, tile);
-  if (p.args.gate == MATE_GATE_SOFTPLUS)
-    return sum_gates<kDtype, MATE_GATE_SOFTPLUS>(p, t, x, tile);
-  return sum_gates<kDtype, MATE_GATE_LOG_DECAY>(p, t, x, tile);
+MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, WideGates& wide,
+                           TileShared& tile) {
+  if (p.args.gate == MATE_GATE_BOUNDED) {
+    return sum_gates<kDtype, MATE_GATE_BOUNDED>(p, t, x, wide, tile);
+  }
+  if (p.args.gate == MATE_GATE_SOFTPLUS) {
+    return sum_gates<kDtype, MATE_GATE_SOFTPLUS>(p, t, x, wide, tile);
+  }
+  return sum_gates<kDtype, MATE_GATE_LOG_DECAY>(p, t, x, wide, tile);
 }
 
 }  // namespace gpu

@@ -38,6 +38,29 @@ struct alignas(16) Operands {
   float decay[kDim];
 };
 
+// Division of numbers below 2^31 by one that the host knows.
+struct Divisor {
+  uint32_t by, factor;  // 2^shift / by, rounded up
+  int32_t shift;
+
+  static Divisor of(int64_t by) {
+    int32_t bits = 0;
+    while (int64_t{1} << bits < by) ++bits;
+    const int64_t whole = by > 0 ? (int64_t{1} << (31 + bits)) / by : 0;
+    return {static_cast<uint32_t>(by), static_cast<uint32_t>(whole + 1), 31 + bits};
+  }
+  MATE_DEVICE uint32_t quotient(uint32_t x) const {
+    return static_cast<uint32_t>(uint64_t{x} * factor >> shift);
+  }
+  MATE_DEVICE uint32_t rest(uint32_t x, uint32_t quotient) const { return x - quotient * by; }
+};
+
+// A chunk's tokens; none where it lies beyond the last sequence, num_seqs.
+struct ChunkTokens {
+  int64_t begin;
+  int32_t count, sequence;
+};
+
 struct Params {
   mate_kda_args args;
   Operands* operands;                    // [chunk % ring][value head]
@@ -46,10 +69,12 @@ struct Params {
   int32_t readers;                       // of a chunk's operands, in `scan`
   int64_t prepare_begin, prepare_end;    // chunks, of one launch
   int64_t *bounds, *first_chunk;         // [num_seqs + 1], with cu_seqlens: by plan.h
+  ChunkTokens* chunk_tokens;             // [chunks], alike
   float *carry_in, *carry_out;           // [value head]: state of the sequence that a slab cuts
   int64_t chunks;                        // at most, over all sequences
+  Divisor heads, rings;                  // value heads; `ring`
+  Divisor group, length;                 // value heads to a query head; chunks of all sequences
   int64_t slab_begin, slab_end;          // chunks
-  uint32_t group;                        // value heads to a query head
   int64_t segment_chunks, slots;         // a segment's length; as many are kept in what follows
   float* ends;                           // [slot][value head]: states, as registers hold them
   uint16_t* maps;                        // [slot][value head][kMapSize]
@@ -119,19 +144,15 @@ MATE_DEVICE Sequence sequence_at(const Params& p, int64_t n) {
 
 // The number of the sequence that a chunk belongs to; num_seqs if it lies beyond the last.
 MATE_DEVICE int64_t sequence_of(const Params& p, int64_t chunk) {
-  if (!p.args.cu_seqlens) {  // the host keeps these within 31 bits, whose division is shorter
-    return static_cast<uint32_t>(chunk) / static_cast<uint32_t>(divide_up(p.args.seq_len, kChunk));
-  }
-  int64_t low = 0, high = p.args.num_seqs + 1;  // first_chunk[low] <= chunk < first_chunk[high]
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
-    if (p.first_chunk[middle] <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  if (!p.args.cu_seqlens) return p.length.quotient(static_cast<uint32_t>(chunk));
+  return chunk < p.chunks ? p.chunk_tokens[chunk].sequence : p.args.num_seqs;
+}
+
+MATE_DEVICE ChunkTokens tokens_of(const Params& p, uint32_t chunk) {
+  if (p.args.cu_seqlens) return p.chunk_tokens[chunk];
+  const uint32_t n = p.length.quotient(chunk);
+  const int64_t begin = int64_t{p.length.rest(chunk, n)} * kChunk, left = p.args.seq_len - begin;
+  return {begin, static_cast<int32_t>(left < kChunk ? left : kChunk), static_cast<int32_t>(n)};
 }
 
 // A segment of what the slab holds of a sequence, which is cut where that pays: into three or more,

@@ -24,6 +24,20 @@ MATE_DEVICE void scan_before(int64_t* values, const Combine& combine) {
   MATE_BARRIER();
 }
 
+// The number of the sequence that a chunk belongs to; num_seqs if it lies beyond the last.
+MATE_DEVICE int64_t find_sequence(const Params& p, int64_t chunk) {
+  int64_t low = 0, high = p.args.num_seqs + 1;  // first_chunk[low] <= chunk < first_chunk[high]
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (p.first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // One block; each thread takes a run of neighbouring sequences. Whatever cu_seqlens holds, bounds
 // come out inside [0, total_tokens] and never decrease.
 MATE_KERNEL(kPlanThreads, 1) plan(const Params p) {
@@ -51,6 +65,17 @@ MATE_KERNEL(kPlanThreads, 1) plan(const Params p) {
   for (int64_t i = begin; i < end; ++i) {
     p.first_chunk[i] = chunks;
     if (i + 1 < n) chunks += divide_up(p.bounds[i + 1] - p.bounds[i], kChunk);
+  }
+  MATE_BARRIER();
+  for (int64_t chunk = thread_index(); chunk < p.chunks; chunk += kPlanThreads) {
+    const int64_t i = find_sequence(p, chunk);
+    ChunkTokens x = {0, 0, static_cast<int32_t>(i)};
+    if (i < p.args.num_seqs) {
+      x.begin = p.bounds[i] + (chunk - p.first_chunk[i]) * kChunk;
+      const int64_t left = p.bounds[i + 1] - x.begin;
+      x.count = static_cast<int32_t>(left < kChunk ? left : kChunk);
+    }
+    p.chunk_tokens[chunk] = x;
   }
 }
 

@@ -343,9 +343,6 @@ struct Walk {
 template <int kSlice, int kStages, bool kOutput>
 struct Relay {
   using Crew = gpu::Crew<kSlice>;
-  // Groups in step would all multiply and all add at once: the second begins half a chunk late.
-  static constexpr int kLate = 1300;  // cycles
-
   ScanShared<kSlice, kStages>& shared;
   int count;  // of chunks, of all walks of a block
 
@@ -414,7 +411,6 @@ struct Relay {
   template <int32_t kDtype>
   MATE_DEVICE bool run(const Params& p, Rest rest, State& s, bool may_die = false) {
     const int warp = thread_index() / 32;
-    if (kOutput && warp >= 4) pause(kLate);
     bool dead = false;
     for (; rest.chunks > 0 && !dead; ++count) {
       const int i = count % kStages;
@@ -459,18 +455,17 @@ scan(const Params p) {
   const int slice = static_cast<int>(block_index() % kSlices) * kSlice;
   const int warp = thread_index() / 32, value = slice + warp * kBlock;
   const bool owner = warp < Crew::kOwners, last = unit >= p.slots;
+  Segment segment;
+  Rest rest;
+  const bool found = last || inner_segment(p, unit, segment);
+  if (last) segment = last_segment(p, unit - p.slots);
+  const bool active = found && rest.find(p, segment, head, slice);
+  // Without work a block need not wait, but one must: launches end in turn.
+  if (!active && block_index() > 0) return;
   begin_copies(shared);
   wait_for_before();
   let_next_begin();
-
-  Segment segment;
-  if (last) {
-    segment = last_segment(p, unit - p.slots);
-  } else if (!inner_segment(p, unit, segment)) {
-    return;
-  }
-  Rest rest;
-  if (!rest.find(p, segment, head, slice)) return;
+  if (!active) return;
   const bool cut = !last || !segment.is_first();
   if constexpr (Crew::kProducer) {
     Relay<kSlice, kStages, true> walk = {shared, 0};

@@ -91,7 +91,7 @@ MATE_DEVICE float from_16_bits(uint32_t bits) {
 template <int32_t kDtype>
 MATE_DEVICE uint32_t pack(float low, float high) {
   if (kDtype == MATE_BFLOAT16) return pack_bf16(low, high);
-  return to_fp16(low) | static_cast<uint32_t>(to_fp16(high)) << 16;
+  return pack_fp16(low, high);
 }
 template <int32_t kDtype>
 MATE_DEVICE Pair unpack(uint32_t both) {
@@ -167,13 +167,27 @@ MATE_DEVICE Four load_four(const float* p) { return *reinterpret_cast<const Four
 MATE_DEVICE void store_four(float* p, const Four& x) { *reinterpret_cast<Four*>(p) = x; }
 
 template <int32_t kDtype>
-MATE_DEVICE Four unpack_four(const uint16_t* p) {
-  const PackedFour packed = *reinterpret_cast<const PackedFour*>(p);
+MATE_DEVICE Four unpack_four(const PackedFour& packed) {
   const Pair a = unpack<kDtype>(packed.x[0]), b = unpack<kDtype>(packed.x[1]);
   return {{a.x, a.y, b.x, b.y}};
 }
-MATE_DEVICE void store_bf16(uint16_t* p, const Four& x) {
-  *reinterpret_cast<PackedFour*>(p) = {{pack_bf16(x.x[0], x.x[1]), pack_bf16(x.x[2], x.x[3])}};
+MATE_DEVICE PackedFour load_packed(const uint16_t* p) {
+  return *reinterpret_cast<const PackedFour*>(p);
+}
+template <int32_t kDtype>
+MATE_DEVICE Four unpack_four(const uint16_t* p) {
+  return unpack_four<kDtype>(load_packed(p));
+}
+template <int32_t kDtype>
+MATE_DEVICE PackedFour pack_four(const Four& x) {
+  return {{pack<kDtype>(x.x[0], x.x[1]), pack<kDtype>(x.x[2], x.x[3])}};
+}
+MATE_DEVICE void store_four(uint16_t* p, const PackedFour& x) {
+  *reinterpret_cast<PackedFour*>(p) = x;
+}
+// bf16
+MATE_DEVICE PackedFour operator*(const PackedFour& a, const PackedFour& b) {
+  return {{multiply_bf16(a.x[0], b.x[0]), multiply_bf16(a.x[1], b.x[1])}};
 }
 
 MATE_DEVICE Four operator*(const Four& a, const Four& b) {

@@ -9,6 +9,8 @@
 //   shuffle_xor(x, mask)                            the value of lane ^ mask
 //   FragA, FragB, FragC                             a warp's 16 x 16 operands and accumulator
 //   load_a, load_b_columns, load_b_rows, multiply   C += A B; bf16 operands, fp32 accumulators
+//   as_columns(a)                                   B[k][n] = A[n][k]
+//   scale_rows(b, factors)                          B[k][n] times factors[k]
 //   row_of(v), column_of(v)                         where element v of this lane's FragC lies
 //   kNeighbours                                     are elements 2 i and 2 i + 1 neighbours in a row?
 //   load_c_columns, store_c_columns, store_c_rows   a FragC's elements as 16-bit numbers
@@ -20,8 +22,9 @@
 //   wait_arrival(x, i), prefetch_bulk(from, n)
 //   arrive(x), arrive_with_copies(x)                by hand; when this thread's copies are here
 //   kProducers                                      whether a warp group may do nothing but copy:
-//   barrier_of_first<N>(), take_registers<N>(), leave_registers<N>(), pause(cycles), prefetch(from)
-//   to_bf16, pack_bf16, from_fp16, to_fp16, from_bits, to_bits
+//   barrier_of_first<N>(), take_registers<N>(), leave_registers<N>(), prefetch(from)
+//   to_bf16, pack_bf16, from_fp16, to_fp16, pack_fp16, from_bits, to_bits
+//   multiply_bf16(x, y)                             two products, rounded
 //   fast_exp2, fast_log2, fast_reciprocal, fast_rsqrt
 //   expf, expm1f, log1pf, fabsf, fmaxf          the machine's own, to a few ulp
 //   launch, multiprocessors, shared_limit, last_error,  on the host

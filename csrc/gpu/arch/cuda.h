@@ -65,6 +65,16 @@ MATE_DEVICE uint16_t to_bf16(float x) {  // the packed conversion is the faster 
 }
 MATE_DEVICE float from_fp16(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 MATE_DEVICE uint16_t to_fp16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+MATE_DEVICE uint32_t pack_fp16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+MATE_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  uint32_t both;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(x), "r"(y), "r"(0x80008000u));
+  return both;
+}
 
 // ---- shuffles and copies ------------------------------------------------------------------------
 
@@ -191,11 +201,6 @@ template <int kRegisters>
 MATE_DEVICE void leave_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-MATE_DEVICE void pause(int cycles) {
-  const int64_t start = clock64();
-  while (clock64() - start < cycles) {
-  }
-}
 // The 128 bytes around `from` into the L2 cache.
 MATE_DEVICE void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
@@ -208,7 +213,6 @@ template <int>
 MATE_DEVICE void take_registers() {}
 template <int>
 MATE_DEVICE void leave_registers() {}
-MATE_DEVICE void pause(int) {}
 MATE_DEVICE void prefetch(const void*) {}
 #endif
 

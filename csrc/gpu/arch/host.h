@@ -96,6 +96,13 @@ inline uint16_t to_fp16(float x) {
   const uint32_t bits = to_bits(magnitude) - (112u << 23);
   return static_cast<uint16_t>(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
+inline uint32_t pack_fp16(float low, float high) {
+  return to_fp16(low) | static_cast<uint32_t>(to_fp16(high)) << 16;
+}
+inline uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  return pack_bf16(from_bits(x << 16) * from_bits(y << 16),
+                   from_bits(x & 0xffff0000u) * from_bits(y & 0xffff0000u));
+}
 
 // ---- shuffles and copies ------------------------------------------------------------------------
 
@@ -117,7 +124,6 @@ template <int>
 inline void take_registers() {}
 template <int>
 inline void leave_registers() {}
-inline void pause(int) {}
 inline void prefetch(const void*) {}
 
 inline float shuffle_xor(float x, int mask) {

@@ -47,6 +47,14 @@ MATE_DEVICE FragB load_b_columns(const Tile& tile, int row, int column) {
   load_matrices(b.x, across_first(tile, row, column));
   return b;
 }
+// B[k][n] = A[n][k]
+MATE_DEVICE FragB as_columns(const FragA& a) { return {{a.x[0], a.x[2], a.x[1], a.x[3]}}; }
+// B[k][n] times factors[k]
+MATE_DEVICE void scale_rows(FragB& b, const uint16_t* factors) {
+  const uint32_t* two = reinterpret_cast<const uint32_t*>(factors) + lane_index() % 4;
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) b.x[i] = multiply_bf16(b.x[i], two[i % 2 * 4]);
+}
 // B[k][n] = tile[row + k][column + n]
 template <class Tile>
 MATE_DEVICE FragB load_b_rows(const Tile& tile, int row, int column) {

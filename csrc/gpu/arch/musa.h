@@ -62,6 +62,13 @@ MATE_DEVICE uint32_t pack_bf16(float low, float high) {
 MATE_DEVICE uint16_t to_bf16(float x) { return same_bits<uint16_t>(__float2bfloat16_rn(x)); }
 MATE_DEVICE float from_fp16(uint16_t half) { return __half2float(same_bits<__half>(half)); }
 MATE_DEVICE uint16_t to_fp16(float x) { return same_bits<uint16_t>(__float2half_rn(x)); }
+MATE_DEVICE uint32_t pack_fp16(float low, float high) {
+  return to_fp16(low) | static_cast<uint32_t>(to_fp16(high)) << 16;
+}
+MATE_DEVICE uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  return pack_bf16(from_bits(x << 16) * from_bits(y << 16),
+                   from_bits(x & 0xffff0000u) * from_bits(y & 0xffff0000u));
+}
 
 // ---- shuffles and copies ------------------------------------------------------------------------
 
@@ -105,7 +112,6 @@ template <int>
 MATE_DEVICE void take_registers() {}
 template <int>
 MATE_DEVICE void leave_registers() {}
-MATE_DEVICE void pause(int) {}
 MATE_DEVICE void prefetch(const void*) {}
 
 // A launch begins when the one before it on its stream has ended.

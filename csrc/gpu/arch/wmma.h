@@ -51,6 +51,16 @@ MATE_DEVICE FragB load_b_columns(const Tile& tile, int row, int column) {
   for (int i = 0; i < 4; ++i) b.x[i] = load_two(tile, row, column, i);
   return b;
 }
+// B[k][n] = A[n][k]
+MATE_DEVICE FragB as_columns(const FragA& a) { return {{a.x[0], a.x[1], a.x[2], a.x[3]}}; }
+// B[k][n] times factors[k]
+MATE_DEVICE void scale_rows(FragB& b, const uint16_t* factors) {
+  MATE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int k = mp31::operand_k(lane_index(), 2 * i);
+    b.x[i] = multiply_bf16(b.x[i], *reinterpret_cast<const uint32_t*>(factors + k));
+  }
+}
 // B[k][n] = tile[row + k][column + n]
 template <class Tile>
 MATE_DEVICE FragB load_b_rows(const Tile& tile, int row, int column) {
