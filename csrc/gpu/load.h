@@ -269,7 +269,8 @@ template <int32_t kDtype, int kGate>
 MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, WideGates& wide,
                            TileShared& tile) {
   const Gate<kGate> gate(x);
-  Four sum = {};
+  Four exact = {}, sum = {};  // before and after rounding
+  PackedFour last = {};
   FourRows<kDim> rows(lane_channel());
   MATE_NO_UNROLL
   for (int i = 0; i < kBlock; i += kStep, rows.advance()) {
@@ -284,16 +285,33 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, W
     }
     MATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      Four bits;
       MATE_UNROLL
-      for (int c = 0; c < kLane; ++c) bits.x[c] = gate.kept(g[r].x[c], c);
-      PackedFour kept = pack_four<MATE_FLOAT16>(bits);
-      if (i + r >= t.count) kept = {};  // absent tokens decay nothing
-      store_four(rows.at(tile.g, r), kept);
-      sum = sum + unpack_four<MATE_FLOAT16>(kept);  // so that it ends where the tokens do
+      for (int c = 0; c < kLane; ++c) g[r].x[c] = gate.kept(g[r].x[c], c);
+    }
+    if (t.count < kBlock) {
+      MATE_UNROLL
+      for (int r = 0; r < kStep; ++r) {
+        if (i + r >= t.count) g[r] = Four{};  // absent tokens decay nothing
+      }
+    }
+    MATE_UNROLL
+    for (int r = 0; r < kStep; ++r) {
+      last = pack_four<MATE_FLOAT16>(g[r]);
+      store_four(rows.at(tile.g, r), last);
+      exact = exact + g[r];
+      sum = sum + unpack_four<MATE_FLOAT16>(last);
     }
   }
-  return sum * kept_unit(p);
+  // The last token makes up for what rounding took from all: else it would add up over thousands of
+  // them. Not for more than a product's own rounding, which stronger decays cannot add up.
+  const float unit = kept_unit(p), most = 0x1p-10f * fast_reciprocal(fabsf(unit));
+  const Four before = unpack_four<MATE_FLOAT16>(last), lack = exact - sum;
+  Four after;
+  MATE_UNROLL
+  for (int c = 0; c < kLane; ++c) after.x[c] = before.x[c] + fmaxf(fminf(lack.x[c], most), -most);
+  last = pack_four<MATE_FLOAT16>(after);
+  store_four(Tile<kDim>{tile.g}.at(kBlock - 1, lane_channel()), last);
+  return (sum + (unpack_four<MATE_FLOAT16>(last) - before)) * unit;
 }
 
 // The tile's log-decays to shared memory; their sums over the whole tile come back.

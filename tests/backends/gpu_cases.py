@@ -51,6 +51,15 @@ def _neutral_tokens(T: int = 80) -> Case:
     return case
 
 
+def _nothing_written(T: int = 2000) -> Case:
+    """A state that only decays, by 58 bits: rounding of its decays must not add up."""
+    case = draw(T=T, Hqk=1, Hv=1, gate="log", dtype=bf16)
+    rates = torch.linspace(0.0200, 0.0205, 128)
+    case.tensors["g"] = -rates.expand_as(case.tensors["g"]).contiguous()
+    case.tensors["beta"].fill_(-torch.inf)
+    return case
+
+
 def _zero_rows(T: int = 70) -> Case:
     case = draw(T=T, dtype=bf16)
     for name in ("q", "k"):
@@ -93,6 +102,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "no-l2norm-no-sigmoid": _raw_keys,
     "neutral-tokens": _neutral_tokens,
     "zero-rows": _zero_rows,
+    "nothing-written": _nothing_written,
     "varlen": lambda: draw(lens=[5, 0, 70, 1, 0, 129, 0], dtype=bf16),
     "varlen-int32-fp16": lambda: _int32(draw(lens=[0, 3, 66, 13], dtype=fp16, state_v_first=False)),
 }
