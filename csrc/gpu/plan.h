@@ -9,19 +9,20 @@ namespace gpu {
 constexpr int kPlanThreads = 256;
 constexpr int kPlanShared = kPlanThreads * sizeof(int64_t);
 
-// values[i] becomes values[0] combined with .. values[i - 1]; the first 0.
+// What the threads before this one have, combined; of the first 0.
 template <class Combine>
-MATE_DEVICE void scan_before(int64_t* values, const Combine& combine) {
+MATE_DEVICE int64_t combine_before(int64_t mine, const Combine& combine) {
+  int64_t* const values = reinterpret_cast<int64_t*>(shared_memory());
+  const int i = thread_index();
+  values[i] = mine;
   MATE_BARRIER();
-  if (thread_index() == 0) {
-    int64_t last = 0;
-    for (int i = 0; i < kPlanThreads; ++i) {
-      const int64_t next = combine(last, values[i]);
-      values[i] = last;
-      last = next;
-    }
+  for (int step = 1; step < kPlanThreads; step *= 2) {
+    const int64_t before = i < step ? 0 : values[i - step];
+    MATE_BARRIER();
+    values[i] = combine(before, values[i]);
+    MATE_BARRIER();
   }
-  MATE_BARRIER();
+  return i == 0 ? 0 : values[i - 1];
 }
 
 // The number of the sequence that a chunk belongs to; num_seqs if it lies beyond the last.
@@ -41,27 +42,23 @@ MATE_DEVICE int64_t find_sequence(const Params& p, int64_t chunk) {
 // One block; each thread takes a run of neighbouring sequences. Whatever cu_seqlens holds, bounds
 // come out inside [0, total_tokens] and never decrease.
 MATE_KERNEL(kPlanThreads, 1) plan(const Params p) {
-  int64_t* values = reinterpret_cast<int64_t*>(shared_memory());
-  int64_t& mine = values[thread_index()];
   const int64_t n = p.args.num_seqs + 1, share = divide_up(n, kPlanThreads);
   const int64_t begin = thread_index() * share, end = begin + share < n ? begin + share : n;
 
-  mine = 0;
-  for (int64_t i = begin; i < end; ++i) mine = larger(mine, clamped_bound(p.args, i));
-  scan_before(values, [](int64_t a, int64_t b) { return larger(a, b); });
-  int64_t last = mine;
+  int64_t last = 0;
+  for (int64_t i = begin; i < end; ++i) last = larger(last, clamped_bound(p.args, i));
+  last = combine_before(last, [](int64_t a, int64_t b) { return larger(a, b); });
   for (int64_t i = begin; i < end; ++i) {
     last = larger(last, clamped_bound(p.args, i));
     p.bounds[i] = last;
   }
-  MATE_BARRIER();  // bounds are read by neighbours, `mine` is written again
+  MATE_BARRIER();  // bounds are read by neighbours
 
-  mine = 0;
+  int64_t chunks = 0;
   for (int64_t i = begin; i < end && i + 1 < n; ++i) {
-    mine += divide_up(p.bounds[i + 1] - p.bounds[i], kChunk);
+    chunks += divide_up(p.bounds[i + 1] - p.bounds[i], kChunk);
   }
-  scan_before(values, [](int64_t a, int64_t b) { return a + b; });
-  int64_t chunks = mine;
+  chunks = combine_before(chunks, [](int64_t a, int64_t b) { return a + b; });
   for (int64_t i = begin; i < end; ++i) {
     p.first_chunk[i] = chunks;
     if (i + 1 < n) chunks += divide_up(p.bounds[i + 1] - p.bounds[i], kChunk);

@@ -14,16 +14,15 @@
 namespace mate {
 namespace gpu {
 
-constexpr float kSafe =
-    -116.0f;  // bits over 16 tokens: the bounded gate at its usual -5 keeps to it
+// Bits over 16 tokens: the bounded gate at its usual -5 keeps to it.
+constexpr float kSafe = -116.0f;
 
 // ---- operands of the products -------------------------------------------------------------------
 
 // What a lane's channels decay by, in bits: sums from the chunk's first token on. A tile's rows and
 // columns count from the whole numbers next to where it begins and ends.
 struct Decays {
-  Four begin, end, all;  // before the tile, over it, over the chunk
-  Four previous;         // before the tile before it
+  Four previous, begin, end, all;  // to the last tile's begin, this one's, its end, the chunk's
   Four whole_begin, whole_end;
 };
 
