@@ -1,8 +1,6 @@
 // How a call is cut into slabs and segments, and where everything lies in the workspace.
 #pragma once
 
-#include <cmath>
-
 #include "segments.h"
 
 namespace mate {
@@ -64,20 +62,17 @@ inline int64_t choose_segment(const mate_kda_args& args, int64_t slab_chunks) {
 #define MATE_GPU_LEAST_SLAB 32
 #endif
 constexpr int64_t kLeastSlab = MATE_GPU_LEAST_SLAB, kWorthwhileSlabs = 3, kMostSlabs = 4;
-// Time to scan a chunk, over that of a multiprocessor to prepare one of one head.
-constexpr double kScanTime = 0.5;
 
 // How the chunks are cut, and where everything lies in the workspace.
 struct Layout {
   int64_t chunks;       // at most, over all sequences
   int64_t slabs;        // at least one: empty sequences keep their states
-  int64_t slab_chunks;  // of the first slab; none has more
-  double shrink;        // from a slab to the next; 1: all have as many, but the last
+  int64_t slab_chunks;  // of all but the last
   int64_t segment_chunks, slots;
   int64_t ring;  // chunks that there is room for, a slab or more
   int64_t first_chunk, chunk_tokens, carry, ends, maps, alive, operands, reads, bytes;
 
-  explicit Layout(const mate_kda_args& args) : shrink(1) {
+  explicit Layout(const mate_kda_args& args) {
     chunks = args.cu_seqlens ? args.total_tokens / kChunk + args.num_seqs
                              : args.num_seqs * count_of(args.seq_len, kChunk);
     if (args.cu_seqlens && args.total_tokens == 0) chunks = 0;
@@ -86,7 +81,7 @@ struct Layout {
       slab_chunks = count_of(chunks, wanted++);
       place(args);
     } while (slab_chunks > 1 && ring < slab_chunks);
-    if (slots == 0 && !taper(args) && slabs > 1) widen(args);
+    if (slots == 0 && !divide(args) && slabs > 1) widen(args);
     if (ring < slab_chunks) ring = slab_chunks;
     reads = operands + ring * args.heads_v * static_cast<int64_t>(sizeof(Operands));
     bytes = operands + ring * chunk_bytes(args);
@@ -100,39 +95,21 @@ struct Layout {
   }
 
   int64_t slab_end(int64_t slab) const {
-    const int64_t end = shrink < 1 ? part(slab + 1, slabs) : (slab + 1) * slab_chunks;
-    return slab + 1 < slabs && end < chunks ? end : chunks;
+    const int64_t end = (slab + 1) * slab_chunks;
+    return end < chunks ? end : chunks;
   }
 
  private:
-  // Chunks of the first `few` of `all` slabs that shrink.
-  int64_t part(int64_t few, int64_t all) const {
-    double sum = 0, whole = 0, size = 1;
-    for (int64_t i = 0; i < all; ++i, size *= shrink) {
-      sum += i < few ? size : 0;
-      whole += size;
-    }
-    return static_cast<int64_t>(std::ceil(static_cast<double>(chunks) * sum / whole));
-  }
-
-  // Few slabs, each of which is prepared in about the time in which the one before it is scanned:
-  // where that is narrow, on what it leaves of the GPU. Only the first has all of it.
-  bool taper(const mate_kda_args& args) {
-    const int64_t rows = args.num_seqs * args.heads_v, alike = slab_chunks;
-    if (!is_roomy(args) || chunks < 2 * kLeastSlab) return false;
-    const double left = static_cast<double>(multiprocessors() - 2 * rows);
-    shrink = kScanTime * left / static_cast<double>(rows);
-    if (shrink > 0.99) shrink = 1;
-    const int64_t most = chunks / kLeastSlab;
+  // A few slabs, each of which is prepared in less than the time in which the one before it is
+  // scanned: where that is narrow, on what it leaves of the GPU.
+  bool divide(const mate_kda_args& args) {
+    const int64_t alike = slab_chunks, most = chunks / kLeastSlab;
+    if (!is_roomy(args) || most < 2) return false;
     for (int64_t n = most < kWorthwhileSlabs ? most : kWorthwhileSlabs; n <= kMostSlabs; ++n) {
-      slab_chunks = shrink < 1 ? part(1, n) : count_of(chunks, n);
+      slab_chunks = count_of(chunks, n);
       place(args);
-      const bool last_is_empty = shrink < 1 && part(n - 1, n) >= chunks;
-      if (ring < slab_chunks || slots > 0 || last_is_empty) continue;
-      if (shrink < 1) slabs = n;
-      return true;
+      if (ring >= slab_chunks && slots == 0) return true;
     }
-    shrink = 1;
     slab_chunks = alike;
     place(args);
     return false;

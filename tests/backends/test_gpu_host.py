@@ -119,8 +119,8 @@ def test_operands_in_place_of_others(few_chunks_a_slab: ctypes.CDLL, lib: ctypes
 
 
 @pytest.mark.parametrize("most", [256 << 20, 1100 << 10], ids=["room", "ring of 6"])
-def test_slabs_that_shrink(most: int, tmp_path: Path, lib: ctypes.CDLL) -> None:
-    """Where a scan leaves half of the GPU free: 7 chunks as 4, 2 and 1."""
+def test_few_slabs(most: int, tmp_path: Path, lib: ctypes.CDLL) -> None:
+    """Where a scan leaves half of the GPU free: 7 chunks as 3, 3 and 1."""
     few = gpu_host.build(tmp_path, "-DMATE_GPU_LEAST_SLAB=1", f"-DMATE_GPU_MOST_BYTES={most}")
     few.mate_gpu_host_multiprocessors(8)
     case = draw(T=420, Hqk=1, Hv=2, regime="remembering", dtype=bf16)
