@@ -15,12 +15,21 @@ constexpr float kNormEps = 1e-6f;
 constexpr float kLog2e = 1.44269504f;
 // Log-decays are in bits. Below this one a token erases whatever fp32 can hold.
 constexpr float kErased = -160.0f;
-// They are kept as fp16 in such a unit, the bounded gate's in parts of its bound: rounded by 2^-12
+// They are kept as fp16 in such a unit, the bounded gate's in parts of its bound: rounded by 2^-11
 // of themselves, and down to 2^-22 bits a token at least, where a memory lasts millions of these.
 constexpr float kUnit = 1.0f / 256, kPartBits = 15, kParts = 32768;
-MATE_DEVICE float bound_of(const Params& p) { return fmaxf(p.args.lower_bound * kLog2e, kErased); }
+// The bounded gate's kind where its bound is below kErased: that is its bound then.
+constexpr int kDeepGate = 3;
+static_assert(kDeepGate != MATE_GATE_BOUNDED && kDeepGate != MATE_GATE_SOFTPLUS &&
+                  kDeepGate != MATE_GATE_LOG_DECAY,
+              "a kind of its own");
+MATE_DEVICE int gate_of(const Params& p) {
+  const bool deep = p.args.lower_bound * kLog2e < kErased;
+  return p.args.gate == MATE_GATE_BOUNDED && deep ? kDeepGate : p.args.gate;
+}
 MATE_DEVICE float kept_unit(const Params& p) {
-  return p.args.gate == MATE_GATE_BOUNDED ? bound_of(p) * (1.0f / kParts) : kUnit;
+  if (gate_of(p) != MATE_GATE_BOUNDED) return kUnit;
+  return p.args.lower_bound * (kLog2e / kParts);
 }
 
 // One warp's tokens.
@@ -240,19 +249,17 @@ MATE_DEVICE float softplus(float x) {
 // One lane's channels of a head's gate, with all factors that do not depend on g in one.
 template <int kGate>
 struct Gate {
-  float rate, bias[kLane];
+  float factor, rate, bias[kLane];
 
-  MATE_DEVICE explicit Gate(const Scalars& x) {
-    if (kGate == MATE_GATE_LOG_DECAY) {
-      rate = kLog2e / kUnit;
-      return;
-    }
+  MATE_DEVICE Gate(const Params& p, const Scalars& x) {
     rate = fast_exp2(kLog2e * x.A_log) * -kLog2e;
     MATE_UNROLL
     for (int c = 0; c < kLane; ++c) {
-      bias[c] = kGate == MATE_GATE_BOUNDED ? x.dt_bias[c] * rate - kPartBits : x.dt_bias[c];
+      bias[c] = kGate == MATE_GATE_SOFTPLUS ? x.dt_bias[c] : x.dt_bias[c] * rate;
+      if (kGate == MATE_GATE_BOUNDED) bias[c] -= kPartBits;
     }
-    if (kGate == MATE_GATE_SOFTPLUS) rate /= kUnit;
+    factor = kGate == MATE_GATE_SOFTPLUS ? rate / kUnit : kLog2e / kUnit;
+    if (kGate == kDeepGate) factor *= p.args.lower_bound;
   }
 
   // A log-decay in its unit.
@@ -260,7 +267,10 @@ struct Gate {
     if (kGate == MATE_GATE_BOUNDED) {
       return fast_reciprocal(1.0f / kParts + fast_exp2(g * rate + bias[c]));
     }
-    const float x = rate * (kGate == MATE_GATE_SOFTPLUS ? softplus(g + bias[c]) : g);
+    float x = g;
+    if (kGate == MATE_GATE_SOFTPLUS) x = softplus(g + bias[c]);
+    if (kGate == kDeepGate) x = fast_reciprocal(1.0f + fast_exp2(g * rate + bias[c]));
+    x *= factor;
     return x < kErased / kUnit ? kErased / kUnit : x;  // and NaN stays NaN
   }
 };
@@ -268,7 +278,7 @@ struct Gate {
 template <int32_t kDtype, int kGate>
 MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, WideGates& wide,
                            TileShared& tile) {
-  const Gate<kGate> gate(x);
+  const Gate<kGate> gate(p, x);
   Four exact = {}, sum = {};  // before and after rounding
   PackedFour last = {};
   FourRows<kDim> rows(lane_channel());
@@ -302,13 +312,16 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, W
       sum = sum + unpack_four<MATE_FLOAT16>(last);
     }
   }
-  // The last token makes up for what rounding took from all: else it would add up over thousands of
-  // them. Not for more than a product's own rounding, which stronger decays cannot add up.
-  const float unit = kept_unit(p), most = 0x1p-10f * fast_reciprocal(fabsf(unit));
+  // The last token makes up for what rounding took from all: else it would add up. That is 2^-7 of
+  // the last one at most, where all are alike; where a weak one follows strong ones it gets less.
+  const float unit = kept_unit(p), least = 0x1p-10f * fast_reciprocal(fabsf(unit));
   const Four before = unpack_four<MATE_FLOAT16>(last), lack = exact - sum;
   Four after;
   MATE_UNROLL
-  for (int c = 0; c < kLane; ++c) after.x[c] = before.x[c] + fmaxf(fminf(lack.x[c], most), -most);
+  for (int c = 0; c < kLane; ++c) {
+    const float most = fmaxf(least, 0x1p-7f * fabsf(before.x[c]));
+    after.x[c] = before.x[c] + fmaxf(fminf(lack.x[c], most), -most);
+  }
   last = pack_four<MATE_FLOAT16>(after);
   store_four(Tile<kDim>{tile.g}.at(kBlock - 1, lane_channel()), last);
   return (sum + (unpack_four<MATE_FLOAT16>(last) - before)) * unit;
@@ -318,12 +331,14 @@ MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, W
 template <int32_t kDtype>
 MATE_DEVICE Four sum_gates(const Params& p, const Tokens& t, const Scalars& x, WideGates& wide,
                            TileShared& tile) {
-  if (p.args.gate == MATE_GATE_BOUNDED) {
+  const int gate = gate_of(p);
+  if (gate == MATE_GATE_BOUNDED) {
     return sum_gates<kDtype, MATE_GATE_BOUNDED>(p, t, x, wide, tile);
   }
-  if (p.args.gate == MATE_GATE_SOFTPLUS) {
+  if (gate == MATE_GATE_SOFTPLUS) {
     return sum_gates<kDtype, MATE_GATE_SOFTPLUS>(p, t, x, wide, tile);
   }
+  if (gate == kDeepGate) return sum_gates<kDtype, kDeepGate>(p, t, x, wide, tile);
   return sum_gates<kDtype, MATE_GATE_LOG_DECAY>(p, t, x, wide, tile);
 }
 

@@ -40,7 +40,7 @@ struct alignas(16) Operands {
 
 // Division of numbers below 2^31 by one that the host knows.
 struct Divisor {
-  uint32_t by, factor;  // 2^shift / by, rounded up
+  uint32_t by, factor;  // one more than 2^shift / by, rounded down
   int32_t shift;
 
   static Divisor of(int64_t by) {
@@ -73,7 +73,7 @@ struct Params {
   float *carry_in, *carry_out;           // [value head]: state of the sequence that a slab cuts
   int64_t chunks;                        // at most, over all sequences
   Divisor heads, rings;                  // value heads; `ring`
-  Divisor group, length;                 // value heads to a query head; chunks of all sequences
+  Divisor group, length;                 // value heads to a query head; chunks of each sequence
   int64_t slab_begin, slab_end;          // chunks
   int64_t segment_chunks, slots;         // a segment's length; as many are kept in what follows
   float* ends;                           // [slot][value head]: states, as registers hold them

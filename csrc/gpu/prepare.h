@@ -22,7 +22,7 @@ constexpr float kSafe = -116.0f;
 // What a lane's channels decay by, in bits: sums from the chunk's first token on. A tile's rows and
 // columns count from the whole numbers next to where it begins and ends.
 struct Decays {
-  Four previous, begin, end, all;  // to the last tile's begin, this one's, its end, the chunk's
+  Four previous, begin, end, all;  // to where the tile before begins, this one, the next; of all
   Four whole_begin, whole_end;
 };
 
@@ -32,7 +32,7 @@ MATE_DEVICE Four whole(const Four& x) {
   return (x + shift) - shift;
 }
 
-MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp, const Four& tile) {
+MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
   Decays d = {};
   const auto total = [&](int i) { return load_four(&shared.total[i][lane_channel()]); };
   MATE_NO_UNROLL
@@ -40,7 +40,7 @@ MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp, const Four
     d.previous = d.begin;
     d.begin = d.begin + total(i);
   }
-  d.all = d.end = d.begin + tile;
+  d.all = d.end = d.begin + total(warp);  // as its neighbour reckons
   MATE_NO_UNROLL
   for (int i = warp + 1; i < kTokenTiles; ++i) d.all = d.all + total(i);
   d.whole_begin = whole(d.begin);
@@ -253,7 +253,7 @@ MATE_DEVICE void prepare_chunk(const Params& p) {
   const bool by_pairs = shared.forgets[warp];
   TileProducts c[3], pairs;  // two off the diagonal, or one; the one on it
   if (by_pairs) pairs = multiply_pairs<kDtype>(t, unit, shared);
-  const Decays decays = find_decays(shared, warp, total);
+  const Decays decays = find_decays(shared, warp);
   store_factors(shared, decays, warp);
   form_operands<kDtype>(t, unit, decays, shared, out);
   if (warp == 0) store_four(out.decay + lane_channel(), fast_exp2(decays.all));

@@ -460,7 +460,8 @@ scan(const Params p) {
   const bool found = last || inner_segment(p, unit, segment);
   if (last) segment = last_segment(p, unit - p.slots);
   const bool active = found && rest.find(p, segment, head, slice);
-  // Without work a block need not wait, but one must: launches end in turn.
+  // `plan` has ended: the first `prepare` waits for it before it lets others begin. So a block that
+  // has no work need not wait, but one must: launches end in turn.
   if (!active && block_index() > 0) return;
   begin_copies(shared);
   wait_for_before();

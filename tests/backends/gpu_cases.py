@@ -1,6 +1,7 @@
 """Calls for the GPU kernels, real and emulated: a small one for every feature."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,12 +52,20 @@ def _neutral_tokens(T: int = 80) -> Case:
     return case
 
 
-def _nothing_written(T: int = 2000) -> Case:
-    """A state that only decays, by 58 bits: rounding of its decays must not add up."""
+def _nothing_written(T: int, rate: float, dtype: torch.dtype = torch.float32) -> Case:
+    """A state that only decays, by 40 to 60 bits: rounding of its decays must not add up."""
     case = draw(T=T, Hqk=1, Hv=1, gate="log", dtype=bf16)
-    rates = torch.linspace(0.0200, 0.0205, 128)
-    case.tensors["g"] = -rates.expand_as(case.tensors["g"]).contiguous()
+    rates = rate * torch.linspace(1, 1.02, 128)
+    case.tensors["g"] = -rates.expand_as(case.tensors["g"]).to(dtype).contiguous()
     case.tensors["beta"].fill_(-torch.inf)
+    return case
+
+
+def _deep_bound(bound: float) -> Case:
+    """Of gates that stay far above it, and a token that does not."""
+    case = draw(T=80, lower_bound=bound, dtype=bf16)
+    case.tensors["g"] -= math.log(-3 * bound)
+    case.tensors["g"][:, 33] = 9.0
     return case
 
 
@@ -98,11 +107,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "fp16-state": lambda: _with(draw(T=80, dtype=fp16), initial_state=fp16),
     "scale": lambda: draw(T=40, scale=0.3, dtype=bf16),
     "lower-bound-40": lambda: draw(T=80, lower_bound=-40.0, dtype=bf16),
+    "lower-bound-1000": lambda: _deep_bound(-1000.0),
     "negative-eigenvalues": lambda: draw(T=80, allow_neg_eigval=True, dtype=bf16),
     "no-l2norm-no-sigmoid": _raw_keys,
     "neutral-tokens": _neutral_tokens,
     "zero-rows": _zero_rows,
-    "nothing-written": _nothing_written,
+    "nothing-written": lambda: _nothing_written(2000, 0.02),
+    "nothing-written-strong": lambda: _nothing_written(40, 1.0, bf16),
+    # just above a power of two, where fp16 rounds most
+    "nothing-written-rounded": lambda: _nothing_written(58, math.log(2) * (1 + 0.99 * 2**-11)),
     "varlen": lambda: draw(lens=[5, 0, 70, 1, 0, 129, 0], dtype=bf16),
     "varlen-int32-fp16": lambda: _int32(draw(lens=[0, 3, 66, 13], dtype=fp16, state_v_first=False)),
 }
