@@ -46,21 +46,12 @@ struct Channel {
   uint32_t bits[kMaxConvWidth], input, taps[kMaxConvWidth];
 };
 
-MATE_DEVICE uint32_t load_bits(const char* p, int i, int32_t dtype) {
-  if (dtype == MATE_FLOAT32) return reinterpret_cast<const uint32_t*>(p)[i];
-  return reinterpret_cast<const uint16_t*>(p)[i];
-}
 MATE_DEVICE void store_bits(char* p, int i, int32_t dtype, uint32_t bits) {
   if (dtype == MATE_FLOAT32) {
     reinterpret_cast<uint32_t*>(p)[i] = bits;
   } else {
     reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits);
   }
-}
-MATE_DEVICE float to_float(uint32_t bits, int32_t dtype) {
-  if (dtype == MATE_FLOAT32) return from_bits(bits);
-  return dtype == MATE_FLOAT16 ? from_16_bits<MATE_FLOAT16>(bits)
-                               : from_16_bits<MATE_BFLOAT16>(bits);
 }
 
 // `channel` counts within x, `window_channel` within the window that q, k and v share.

@@ -143,11 +143,7 @@ MATE_DEVICE Scalars fetch_scalars(const Params& p, const Tokens& t) {
   Scalars x = {};
   if (lane_index() < t.count) {
     const char* at = row_at(p.args.beta, t.batch, t.token + lane_index(), t.head);
-    if (p.args.beta.dtype == MATE_FLOAT32) {
-      x.beta = *reinterpret_cast<const uint32_t*>(at);
-    } else {
-      x.beta = *reinterpret_cast<const uint16_t*>(at);
-    }
+    x.beta = load_bits(at, 0, p.args.beta.dtype);
   }
   if (p.args.gate != MATE_GATE_LOG_DECAY) {
     x.A_log = p.args.A_log[t.head];
@@ -162,10 +158,7 @@ MATE_DEVICE Scalars fetch_scalars(const Params& p, const Tokens& t) {
 MATE_DEVICE void store_beta(const Params& p, const Tokens& t, uint32_t bits,
                             PrepareShared& shared) {
   if (lane_index() >= kBlock) return;
-  const int32_t dtype = p.args.beta.dtype;
-  float b = dtype == MATE_FLOAT32   ? from_bits(bits)
-            : dtype == MATE_FLOAT16 ? from_fp16(static_cast<uint16_t>(bits))
-                                    : from_bits(bits << 16);
+  float b = to_float(bits, p.args.beta.dtype);
   if (p.args.flags & MATE_BETA_SIGMOID) {
     b = sigmoid(b) * (p.args.flags & MATE_NEG_EIGVAL ? 2.0f : 1.0f);
   }

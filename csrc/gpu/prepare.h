@@ -22,8 +22,10 @@ constexpr float kSafe = -116.0f;
 // What a lane's channels decay by, in bits: sums from the chunk's first token on. A tile's rows and
 // columns count from the whole numbers next to where it begins and ends.
 struct Decays {
-  Four previous, begin, end, all;  // to where the tile before begins, this one, the next; of all
+  Four previous, begin, all;  // to where the tile before begins, to this one's begin; of all
   Four whole_begin, whole_end;
+
+  MATE_DEVICE Four whole_tile() const { return whole_end - whole_begin; }
 };
 
 MATE_DEVICE Four whole(const Four& x) {
@@ -40,11 +42,12 @@ MATE_DEVICE Decays find_decays(const PrepareShared& shared, int warp) {
     d.previous = d.begin;
     d.begin = d.begin + total(i);
   }
-  d.all = d.end = d.begin + total(warp);  // as its neighbour reckons
+  const Four end = d.begin + total(warp);  // as its neighbour reckons
+  d.all = end;
   MATE_NO_UNROLL
   for (int i = warp + 1; i < kTokenTiles; ++i) d.all = d.all + total(i);
   d.whole_begin = whole(d.begin);
-  d.whole_end = whole(d.end);
+  d.whole_end = whole(end);
   return d;
 }
 
@@ -55,7 +58,7 @@ MATE_DEVICE void store_factors(PrepareShared& shared, const Decays& d, int warp)
   const auto store = [&](uint16_t* factors, const Four& bits) {
     store_four(factors + channel, pack_four<MATE_BFLOAT16>(fast_exp2(bits)));
   };
-  const Four tile = d.whole_end - d.whole_begin;
+  const Four tile = d.whole_tile();
   store(shared.own[warp], -tile);
   if (warp == 1) {
     store(shared.other[0], tile);
@@ -78,7 +81,7 @@ MATE_DEVICE void form_operands(const Tokens& t, float unit, const Decays& d, Pre
   FourRows<kDim> rows(channel);
   FourRows<kPanel> out_rows(channel % kPanel);
   const PackedFour before = pack_four<MATE_BFLOAT16>(fast_exp2(d.whole_begin));
-  const Four after = fast_exp2(d.all - d.whole_end), bits = d.whole_end - d.whole_begin;
+  const Four after = fast_exp2(d.all - d.whole_end), bits = d.whole_tile();
   Four G = d.begin - d.whole_begin;
   MATE_NO_UNROLL
   for (int first = 0; first < kBlock; first += kStep, rows.advance(), out_rows.advance()) {

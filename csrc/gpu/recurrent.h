@@ -49,7 +49,7 @@ MATE_DEVICE RawFour load_raw(const char* row, int channel, int32_t dtype, bool a
   } else {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + channel;
     if (aligned) {
-      const PackedFour x = *reinterpret_cast<const PackedFour*>(from);
+      const PackedFour x = load_packed(from);
       raw.x[0] = x.x[0];
       raw.x[1] = x.x[1];
     } else {

@@ -98,10 +98,18 @@ MATE_DEVICE Pair unpack(uint32_t both) {
   return {from_16_bits<kDtype>(both & 0xffffu), from_16_bits<kDtype>(both >> 16)};
 }
 
+// An element in two steps, for what is asked for long before it is used.
+MATE_DEVICE uint32_t load_bits(const void* p, int64_t index, int32_t dtype) {
+  if (dtype == MATE_FLOAT32) return static_cast<const uint32_t*>(p)[index];
+  return static_cast<const uint16_t*>(p)[index];
+}
+MATE_DEVICE float to_float(uint32_t bits, int32_t dtype) {
+  if (dtype == MATE_FLOAT32) return from_bits(bits);
+  return dtype == MATE_FLOAT16 ? from_16_bits<MATE_FLOAT16>(bits)
+                               : from_16_bits<MATE_BFLOAT16>(bits);
+}
 MATE_DEVICE float load_element(const void* p, int64_t index, int32_t dtype) {
-  if (dtype == MATE_FLOAT32) return static_cast<const float*>(p)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(p)[index];
-  return dtype == MATE_FLOAT16 ? from_fp16(bits) : from_bits(static_cast<uint32_t>(bits) << 16);
+  return to_float(load_bits(p, index, dtype), dtype);
 }
 MATE_DEVICE void store_element(void* p, int64_t index, int32_t dtype, float x) {
   if (dtype == MATE_FLOAT32) {
